@@ -1,0 +1,41 @@
+"""irra-core: find a person's photo by a sentence. The public names, in the order of a user's day.
+
+Names load on first use, so that `import irra_core` costs nothing and a mistyped parameter stops a notebook before
+torch is imported.
+"""
+
+import importlib
+
+_HOMES = {
+    "recipes": "recipe Recipe RECIPES PRESETS notebook_parameters",
+    "annotations": "load_annotations check_annotations",
+    "synthetic": "make_synthetic synthetic_ceiling",
+    "text": "tokenize",
+    "images": "load_images",
+    "model": "build_model IRRA Features",
+    "losses": "sdm_loss itc_loss cmpm_loss cmpc_loss tal_loss id_loss mlm_loss LOSSES",
+    "metrics": "retrieval_metrics",
+    "checkpoints": "save_checkpoint load_checkpoint load_official save_official",
+    "runs": "published",
+    "evaluation": "evaluate Evaluation",
+    "training": "train",
+    "retrieval": "Gallery",
+    "explorer": "QueryExplorer",
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
+_MODULES = ("plots", "runs")
+
+__all__ = [*_HOME, *_MODULES]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return importlib.import_module(f"irra_core.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'irra_core' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"irra_core.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,357 @@
+"""A data set's name and overrides → `Recipe`, a frozen dataclass: every number of a run, its default, its source."""
+
+import ast
+import dataclasses
+import difflib
+import html
+import importlib.util
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args
+
+LOSS_NAMES = ("sdm", "itc", "cmpm", "cmpc", "tal", "id", "mlm")
+ALIGNING = ("sdm", "itc", "cmpm", "tal")  # only these bring a sentence and its photo together
+DOMAINS = ("street", "night", "campus", "general")
+SMOKE_IDENTITIES, SMOKE_STEPS = 24, 3  # what IRRA_SMOKE=1 leaves of a run
+
+
+def _number(default: Any, why: str, choices: Iterable[str] = (), least: float | None = None, most: float | None = None):
+    """A field of the recipe with the reason for its default and the values it accepts."""
+    return field(default=default, metadata={"why": why, "choices": tuple(choices), "least": least, "most": most})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Every number of a run: what is not here does not change a result.
+
+    The defaults are the paper's, for CUHK-PEDES. `recipe(dataset, **overrides)` makes one; the table that a notebook
+    shows for it says where each number comes from. Raises ValueError or TypeError, naming field, value and remedy.
+    """
+
+    dataset: str = _number("synthetic", "rendered pedestrians: the data set that everybody has")
+    identities: int | None = _number(None, "none: all; else about so many identities, spread over the splits", least=6)
+    preset: str = _number("paper", "paper, or released: the departures of the released code", ("paper", "released"))
+    backbone: str = _number("ViT-B-16-quickgelu", "paper: CLIP ViT-B/16; `small` is the synthetic recipe's")
+    pretrained: str = _number("openai", "an open_clip tag, a file, `general` (small only) or `none`")
+    image_height: int = _number(384, "paper, pixels", least=8)
+    image_width: int = _number(128, "paper, pixels", least=8)
+    stride: int = _number(16, "paper: the patch size; smaller strides overlap, pixels", least=1)
+    losses: str = _number("sdm+id+mlm", f"paper; joined by plus signs from {', '.join(LOSS_NAMES)}")
+    interaction: str = _number("cross", "paper: one cross-attention, then blocks", ("cross", "co", "merged"))
+    interaction_depth: int = _number(4, "paper: transformer blocks", least=1)
+    padding_attention: bool = _number(False, "the released blocks also attend to padding")
+    temperature: float = _number(0.02, "paper (tau); fixed, not learned", least=1e-4)
+    cmpm_target: str = _number("sum", "same-identity row divided by its sum, or by its l2 norm", ("sum", "l2"))
+    mask_probability: float = _number(0.15, "paper: share of caption words that MLM predicts", least=0.0, most=1.0)
+    mask_captions: bool = _number(False, "the released code masks the captions of the other losses too")
+    flip_probability: float = _number(0.5, "released: mirrored images", least=0.0, most=1.0)
+    crop_padding: int = _number(10, "released: padding before the random crop, pixels", least=0)
+    erase_probability: float = _number(0.5, "released: random erasing", least=0.0, most=1.0)
+    epochs: int = _number(60, "paper; an epoch is every caption once", least=1)
+    max_steps: int | None = _number(None, "none: all epochs; else stop after so many steps", least=1)
+    batch_size: int = _number(64, "released run_irra.sh, over all processes", least=2)
+    lr: float = _number(1e-5, "paper: pretrained weights move slowly", least=0.0)
+    new_lr_factor: float = _number(5.0, "paper: parts without pretrained weights learn at 5e-5", least=0.0)
+    bias_lr_factor: float = _number(2.0, "released: biases learn twice as fast", least=0.0)
+    weight_decay: float = _number(4e-5, "released; biases have none", least=0.0)
+    adam_beta1: float = _number(0.9, "paper", least=0.0, most=1.0)
+    adam_beta2: float = _number(0.999, "paper", least=0.0, most=1.0)
+    adam_eps: float = _number(1e-8, "torch's default; the released code writes 1e-3", least=0.0)
+    warmup_epochs: int = _number(5, "paper", least=0)
+    warmup_factor: float = _number(0.1, "paper: the first epoch's share of lr", least=0.0, most=1.0)
+    evaluate_every: int | None = _number(None, "none: once an epoch; else steps between evaluations", least=1)
+    select_on: str = _number("val", "the released code picks its best epoch on test", ("val", "last", "test"))
+    precision: str = _number("auto", "auto: bf16 autocast on GPU, fp32 on CPU", ("auto", "fp32", "bf16", "fp16"))
+    seed: int = _number(0, "data order, masks, augmentation, new weights", least=0, most=2**31 - 1)
+
+    def __post_init__(self):
+        for item in fields(self):
+            object.__setattr__(self, item.name, _checked(item, getattr(self, item.name)))
+        _check_dataset(self.dataset)
+        _check_backbone(self)
+        _check_losses(self)
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """The losses in use, as ("sdm", "id", "mlm")."""
+        return tuple(self.losses.split("+"))
+
+    def to_json(self) -> str:
+        """The recipe as indented JSON; `Recipe(**json.loads(text))` reads it back."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    def replace(self, **changes: Any) -> "Recipe":
+        """The same recipe with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def sources(self) -> dict[str, str]:
+        """Field → where its value comes from: `given`, or the layer that set it."""
+        layers = _layers(self.dataset, self.backbone, self.pretrained, self.preset)
+        found = {item.name: "paper" for item in fields(self)}
+        values = {item.name: item.default for item in fields(self)}
+        for name, layer in layers:
+            found |= dict.fromkeys(layer, name)
+            values |= layer
+        return {name: found[name] if values[name] == getattr(self, name) else "given" for name in found}
+
+    def differences(self) -> dict[str, Any]:
+        """What differs from the data set's own recipe, as a reader would ask for it: preset, backbone, then the rest."""
+        own = recipe(self.dataset, _smoke=False)
+        layered = _resolve(self.dataset, self.backbone, self.pretrained, self.preset)
+        leading = ("preset", "backbone")
+        given = {name: getattr(self, name) for name in leading if getattr(self, name) != getattr(own, name)}
+        usual = _resolve(self.dataset, self.backbone, None, self.preset)["pretrained"]
+        if self.pretrained != usual:
+            given["pretrained"] = self.pretrained
+        rest = {n: v for n, v in dataclasses.asdict(self).items() if n not in ("dataset", *leading, "pretrained")}
+        return given | {name: value for name, value in rest.items() if value != layered[name]}
+
+    def _repr_html_(self) -> str:
+        """The table that a notebook shows: every field, its value, its source and its reason."""
+        sources = self.sources()
+        rows = []
+        for item in fields(self):
+            cells = (item.name, getattr(self, item.name), sources[item.name], item.metadata["why"])
+            style = " style='font-weight:bold'" if sources[item.name] == "given" else ""
+            rows.append(f"<tr{style}>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>")
+        head = "<tr><th>field</th><th>value</th><th>from</th><th>why</th></tr>"
+        return f"<table>{head}{''.join(rows)}</table>"
+
+
+# The little CLIP of the synthetic recipe: ViT of width 128, 3 layers, patch 8. Its numbers were chosen on val.
+SMALL = {
+    "pretrained": "general",
+    "image_height": 96,
+    "image_width": 32,
+    "stride": 8,
+    "crop_padding": 3,  # 10 pixels of 384, in proportion
+    "lr": 2e-4,
+    "epochs": 4,
+    "warmup_epochs": 1,
+}
+SMALL_FROM_SCRATCH = {"lr": 5e-4, "new_lr_factor": 1.0, "epochs": 8}  # nothing is pretrained, so nothing is slow
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "synthetic": {"backbone": "small"},
+    "synthetic-night": {"backbone": "small"},
+    "synthetic-campus": {"backbone": "small"},
+    "synthetic-general": {"backbone": "small"},
+    "cuhk": {},
+    "icfg": {},
+    "rstp": {},
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "released": {
+        "mask_captions": True,
+        "adam_eps": 1e-3,
+        "select_on": "test",
+        "precision": "fp16",
+        "padding_attention": True,
+        "cmpm_target": "l2",
+    },
+}
+
+
+def recipe(dataset: str = "synthetic", *, _smoke: bool | None = None, **overrides: Any) -> Recipe:
+    """The recipe of a data set (a name in RECIPES, or the path of an annotation file) with some fields overridden.
+
+    An override of None means "what the recipe says". With IRRA_SMOKE=1 in the environment the run is shrunk to at
+    most 24 identities and 3 steps. Raises ValueError for an unknown field, data set, loss or backbone, and TypeError
+    for a value of the wrong type; each names the field, the nearest accepted name and what is accepted.
+    """
+    names = [item.name for item in fields(Recipe)]
+    for name in overrides:
+        if name not in names:
+            raise unknown("recipe field", name, names)
+    given = {name: value for name, value in overrides.items() if value is not None}
+    _check_dataset(dataset)
+    _check_choice("preset", given.get("preset", "paper"), PRESETS)
+    backbone = given.get("backbone", RECIPES.get(dataset, {}).get("backbone", "ViT-B-16-quickgelu"))
+    values = _resolve(dataset, backbone, given.get("pretrained"), given.get("preset", "paper")) | given
+    if smoke() if _smoke is None else _smoke:
+        values["identities"] = min(values["identities"] or SMOKE_IDENTITIES, SMOKE_IDENTITIES)
+        values["max_steps"] = min(values["max_steps"] or SMOKE_STEPS, SMOKE_STEPS)
+    return Recipe(**values)
+
+
+def smoke() -> bool:
+    """True when IRRA_SMOKE=1 asks for the shrunken runs of the tests."""
+    return os.environ.get("IRRA_SMOKE", "0") not in ("", "0")
+
+
+def unknown(what: str, name: object, accepted: Iterable[str]) -> ValueError:
+    """The one sentence in which this library says that a name does not exist."""
+    accepted = sorted(accepted)
+    near = difflib.get_close_matches(str(name), accepted, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    shown = ", ".join(accepted[:40]) + (", …" if len(accepted) > 40 else "")
+    return ValueError(f"{what} {name!r} is unknown: {hint}accepted are {shown}")
+
+
+def notebook_parameters(without: Iterable[str] = ()) -> dict[str, Any]:
+    """The parameters cell of the running notebook with what papermill injected, checked: name → value.
+
+    papermill only warns of a name that no parameter has, and ignores types; here both stop the notebook. `without`
+    leaves out names that do not belong to the recipe. Raises ValueError for an unknown name, TypeError for a value
+    that the annotation does not allow, RuntimeError outside a notebook.
+    """
+    return {name: value for name, value in _read_parameters().items() if name not in tuple(without)}
+
+
+def _read_parameters() -> dict[str, Any]:
+    """Declared defaults updated with injected values, both read from the cells that this kernel has run."""
+    try:
+        from IPython import get_ipython
+
+        cells = get_ipython().user_ns["In"]
+    except (ImportError, AttributeError, KeyError):
+        raise RuntimeError("notebook_parameters() reads the cells of a notebook: call it in one") from None
+    declared: dict[str, tuple[str, Any]] = {}
+    values: dict[str, Any] = {}
+    for cell in cells:
+        try:
+            body = ast.parse(cell).body
+        except SyntaxError:  # cells with magics declare nothing
+            continue
+        if body and all(isinstance(line, ast.AnnAssign) for line in body):
+            declared = {line.target.id: (ast.unparse(line.annotation), ast.literal_eval(line.value)) for line in body}
+            values = {}
+        elif cell.startswith("# Parameters") and all(isinstance(line, ast.Assign) for line in body):
+            values |= {line.targets[0].id: _literal(line.value) for line in body}
+    for name, value in values.items():
+        if name not in declared:
+            raise unknown("parameter", name, declared)
+        _check_annotation(name, declared[name][0], value)
+    return {name: values.get(name, default) for name, (_, default) in declared.items()}
+
+
+def _literal(node) -> Any:
+    """The value of an injected assignment; papermill writes nan and inf as float('nan')."""
+    if isinstance(node, ast.Call):
+        return float(node.args[0].value)
+    return ast.literal_eval(node)
+
+
+def _check_annotation(name: str, annotation: str, value: Any) -> None:
+    """Raise TypeError unless the value is of the parameter's annotated type, or None."""
+    types = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+    wanted = types[annotation]
+    if value is None or (isinstance(value, wanted) and not (isinstance(value, bool) and bool not in wanted)):
+        return
+    remedy = f"; write -r {name} {value} to pass it as text" if annotation == "str" else ""
+    raise TypeError(f"parameter {name!r} is {value!r}: accepted is {annotation} or None{remedy}")
+
+
+def _layers(dataset: str, backbone: str, pretrained: str | None, preset: str) -> list[tuple[str, dict[str, Any]]]:
+    """What changes the defaults, first to last: the data set, the little CLIP, the preset."""
+    named = {"dataset": dataset, "backbone": backbone, "preset": preset}
+    layers = [(f"recipe {dataset}", RECIPES.get(dataset, {}) | named)]
+    if backbone == "small":
+        layers.append(("small CLIP", SMALL))
+        if pretrained == "none":
+            layers.append(("small CLIP from scratch", SMALL_FROM_SCRATCH))
+    return [*layers, (f"preset {preset}", PRESETS[preset])]
+
+
+def _resolve(dataset: str, backbone: str, pretrained: str | None, preset: str) -> dict[str, Any]:
+    """Every field's value before anything is overridden, except that a given `pretrained` picks its numbers."""
+    values = {item.name: item.default for item in fields(Recipe)}
+    for _, layer in _layers(dataset, backbone, pretrained, preset):
+        values |= layer
+    return values
+
+
+def _checked(item: dataclasses.Field, value: Any) -> Any:
+    """The value in its field's type, or an error that names the field and what it accepts."""
+    types = get_args(item.type) or (item.type,)
+    if float in types and type(value) is int:
+        value = float(value)
+    if type(value) not in types:
+        accepted = " or ".join("None" if t is type(None) else t.__name__ for t in types)
+        raise TypeError(f"recipe field {item.name!r} is {value!r}: accepted is {accepted}")
+    if item.metadata["choices"] and value is not None:
+        _check_choice(item.name, value, item.metadata["choices"])
+    least, most = item.metadata["least"], item.metadata["most"]
+    if value is not None and not isinstance(value, str) and least is not None:
+        if not value >= least or (most is not None and value > most) or value == float("inf"):
+            accepted = f"at least {least}" + (f" and at most {most}" if most is not None else "")
+            raise ValueError(f"recipe field {item.name!r} is {value!r}: accepted is {accepted}")
+    return value
+
+
+def _check_choice(name: str, value: object, accepted: Iterable[str]) -> None:
+    if value not in accepted:
+        raise unknown(name, value, accepted)
+
+
+def _check_dataset(dataset: str) -> None:
+    """Accept a name in RECIPES or an annotation file that exists."""
+    if dataset in RECIPES or (isinstance(dataset, str) and own_file(dataset) is not None):
+        return
+    error = unknown("data set", dataset, RECIPES)
+    raise ValueError(f"{error}, or the path of an annotation file (.json, .csv, .parquet) that exists")
+
+
+def own_file(dataset: str) -> Path | None:
+    """The annotation file of own data, looked for from the working directory, then from the project's root."""
+    if Path(dataset).suffix.lower() not in (".json", ".csv", ".parquet"):
+        return None
+    for folder in (Path.cwd(), project_root()):
+        if (folder / dataset).is_file():
+            return (folder / dataset).resolve()
+    return None
+
+
+def project_root() -> Path:
+    """The folder that relative data and report folders are taken from: the checkout, else the working directory."""
+    checkout = Path(__file__).resolve().parent.parent
+    return checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
+
+
+def backbones() -> list[str]:
+    """`small` and every open_clip model name, read from its configuration files without importing torch."""
+    found = importlib.util.find_spec("open_clip")
+    folder = Path(found.submodule_search_locations[0]) / "model_configs"
+    return ["small", *sorted(path.stem for path in folder.glob("*.json"))]
+
+
+def _check_backbone(recipe: Recipe) -> None:
+    """Accept an open_clip model or `small`, and weights that it can have."""
+    if recipe.backbone != "small":
+        _check_choice("backbone", recipe.backbone, backbones())
+        if recipe.pretrained == "general":
+            raise ValueError(
+                "pretrained 'general' is the small CLIP's: give an open_clip tag (openai), a file or none "
+                f"to backbone {recipe.backbone!r}"
+            )
+    elif recipe.pretrained not in ("general", "none") and not Path(recipe.pretrained).suffix:
+        raise unknown("pretrained", recipe.pretrained, ("general", "none", "the path of a weights file"))
+
+
+def _check_losses(recipe: Recipe) -> None:
+    """Refuse unknown, doubled, unaligned and ignored combinations."""
+    names = recipe.loss_names
+    for name in names:
+        _check_choice("loss", name, LOSS_NAMES)
+    if len(set(names)) < len(names):
+        raise ValueError(f"losses {recipe.losses!r} name one twice: each counts once, with weight 1")
+    if not set(names) & set(ALIGNING):
+        raise ValueError(f"losses {recipe.losses!r} align nothing: add one of {', '.join(ALIGNING)}")
+    for name in ("interaction", "interaction_depth"):
+        default = Recipe.__dataclass_fields__[name].default
+        if "mlm" not in names and getattr(recipe, name) != default:
+            raise ValueError(f"{name} {getattr(recipe, name)!r} has no effect without mlm in losses: add +mlm")
+
+
+def read_recipe(values: Mapping[str, Any]) -> Recipe:
+    """The recipe that `Recipe.to_json` wrote. Raises ValueError for a field that this version does not know."""
+    names = [item.name for item in fields(Recipe)]
+    for name in values:
+        if name not in names:
+            raise unknown("recipe field", name, names)
+    return Recipe(**values)

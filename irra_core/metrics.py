@@ -1,0 +1,184 @@
+"""Similarities + identities → R@k, mAP, mINP, with confidence intervals: pure functions."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Num
+from torch import Tensor
+
+from irra_core.recipes import unknown
+
+CUTS = (1, 5, 10)  # the field's R@k
+SORT_ABOVE = 400  # positives a query: from here one sort of the row costs less than counting for each (measured, CPU)
+CHUNK_ENTRIES = {"cpu": 2**24, "cuda": 2**27}  # scores held at once: 64 MiB and 512 MiB in float32
+BLOCK_ENTRIES = {"cpu": 2**18, "cuda": 2**27}  # scores compared at once: about a core's cache; all that are held
+
+
+def retrieval_metrics(
+    similarity: Float[Tensor, "queries gallery"],
+    query_pids: Int[Tensor, " queries"],
+    gallery_pids: Int[Tensor, " gallery"],
+    absent: str = "error",
+) -> dict[str, float]:
+    """R1, R5, R10, mAP and mINP in per cent: the averages over the queries of `query_metrics`, whose rules hold."""
+    return averages(query_metrics(similarity, query_pids, gallery_pids, absent))
+
+
+def averages(queries: dict[str, Num[Tensor, " queries"]]) -> dict[str, float]:
+    """R1, R5, R10, mAP and mINP in per cent from what `query_metrics` gives; queries without a result are left out."""
+    columns = {"R1": "R1", "R5": "R5", "R10": "R10", "mAP": "AP", "mINP": "INP"}
+    return {name: queries[column].nanmean().item() for name, column in columns.items()}
+
+
+def query_metrics(
+    similarity: Float[Tensor, "queries gallery"],
+    query_pids: Int[Tensor, " queries"],
+    gallery_pids: Int[Tensor, " gallery"],
+    absent: str = "error",
+) -> dict[str, Num[Tensor, " queries"]]:
+    """Of every query: R1, R5, R10 (0 or 100), AP and INP in per cent, and `rank`, the place of its first right item.
+
+    With r_1 < r_2 < … < r_n the places of the n gallery items of the query's identity, best score first, places from 1:
+        R@k = [r_1 ≤ k],   AP = mean_i i / r_i,   INP = n / r_n
+    Ties count against the model: a wrong item with the score of a right one is placed before it. Scores are compared
+    in their own precision. Results are float64 (`rank` int64) on the similarity's device.
+
+    Raises ValueError for scores that are NaN, and for queries whose identity is not in the gallery; with absent="skip"
+    those have NaN for results and rank 0. Source: INP is Ye et al., "Deep Learning for Person Re-identification: A
+    Survey and Outlook", TPAMI 2021; equal to the released code's rank().
+    """
+    if similarity.shape != (len(query_pids), len(gallery_pids)):
+        raise ValueError(
+            f"similarity is {tuple(similarity.shape)}, but there are {len(query_pids)} query_pids and "
+            f"{len(gallery_pids)} gallery_pids: one row a query, one column a gallery item"
+        )
+    return _ranked(lambda rows: similarity[rows], similarity, query_pids, gallery_pids, None, absent)
+
+
+def query_metrics_from_features(
+    query: Float[Tensor, "queries dim"],
+    gallery: Float[Tensor, "gallery dim"],
+    query_pids: Int[Tensor, " queries"],
+    gallery_pids: Int[Tensor, " gallery"],
+    chunk: int | None = None,
+    absent: str = "error",
+) -> dict[str, Num[Tensor, " queries"]]:
+    """`query_metrics` of the similarity query · gallery, which is never held whole: `chunk` queries at a time.
+
+    For the cosine, give L2-normalised features. Half precision is multiplied in float32.
+    """
+    gallery = _raised(gallery)
+    return _ranked(lambda rows: _raised(query[rows]) @ gallery.T, gallery, query_pids, gallery_pids, chunk, absent)
+
+
+def _raised(scores: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """float32 of half precision (exact, and counted fast); other precisions as they are."""
+    return scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
+
+
+def _ranked(
+    scores_of: Callable[[Int[Tensor, " rows"]], Float[Tensor, "rows gallery"]],
+    like: Tensor,
+    query_pids: Int[Tensor, " queries"],
+    gallery_pids: Int[Tensor, " gallery"],
+    chunk: int | None,
+    absent: str,
+) -> dict[str, Num[Tensor, " queries"]]:
+    """`query_metrics` of the rows that scores_of computes, on the device of `like`, chunk by chunk."""
+    query_pids, gallery_pids = query_pids.long().to(like.device), gallery_pids.long().to(like.device)
+    by_pid = gallery_pids.argsort(stable=True)
+    first = torch.searchsorted(gallery_pids[by_pid], query_pids)
+    count = torch.searchsorted(gallery_pids[by_pid], query_pids, right=True) - first
+    _check_absent(count, absent)
+    chunk = chunk or max(1, CHUNK_ENTRIES.get(like.device.type, 2**24) // max(1, len(gallery_pids)))
+    result = torch.full((len(query_pids), 2), torch.nan, dtype=torch.float64, device=like.device)
+    rank = torch.zeros_like(query_pids)
+    order = count.argsort(stable=True)  # equal numbers of positives in a chunk: no padding to compare
+    for rows in order[(count == 0).sum() :].split(chunk):
+        place = torch.arange(int(count[rows].max()), device=like.device)
+        columns = by_pid[first[rows, None] + place.minimum(count[rows, None] - 1)]
+        ranks = _positive_ranks(_raised(scores_of(rows)), columns, count[rows], rows)
+        precision = ((place + 1) / ranks.double()).masked_fill(place >= count[rows, None], 0)
+        last = ranks.gather(1, count[rows, None] - 1).squeeze(1)
+        result[rows] = torch.stack([precision.sum(1) / count[rows], count[rows] / last.double()], 1) * 100
+        rank[rows] = ranks[:, 0]
+    hits = {f"R{k}": torch.where(rank > 0, (rank <= k) * 100.0, torch.nan).double() for k in CUTS}
+    return {**hits, "AP": result[:, 0], "INP": result[:, 1], "rank": rank}
+
+
+def _check_absent(count: Int[Tensor, " queries"], absent: str) -> None:
+    """Raise ValueError for queries without a right item, unless they are to be skipped."""
+    if absent not in ("error", "skip"):
+        raise unknown("absent", absent, ("error", "skip"))
+    missing = (count == 0).nonzero().flatten().tolist()
+    if missing and absent == "error":
+        shown = ", ".join(map(str, missing[:10])) + (", …" if len(missing) > 10 else "")
+        raise ValueError(
+            f"{len(missing)} of {len(count)} queries have an identity that is not in the gallery (queries {shown}): "
+            "drop them, complete the gallery, or leave them out of the averages with absent='skip'"
+        )
+
+
+def _positive_ranks(
+    scores: Float[Tensor, "rows gallery"],
+    columns: Int[Tensor, "rows positives"],
+    count: Int[Tensor, " rows"],
+    queries: Int[Tensor, " rows"],
+) -> Int[Tensor, "rows positives"]:
+    """Places, best first, of the gallery items `columns`; only the first count[i] of row i mean anything.
+
+    Overwrites `scores`. The place of the i-th positive is i plus the number of negatives that score as much or more.
+    """
+    if scores.amax().isnan():
+        bad = queries[scores.isnan().any(1)].tolist()
+        raise ValueError(f"similarity has NaN in the row of query {bad[0]} and of {len(bad) - 1} more near it: "
+                         "the features are not finite; check the weights, or compute in float32")  # fmt: skip
+    place = torch.arange(columns.shape[1], device=scores.device)
+    padding = place >= count[:, None]
+    positives = scores.gather(1, columns).masked_fill(padding, -torch.inf).sort(1, descending=True).values
+    scores.scatter_(1, columns, -torch.inf)
+    negatives = scores.shape[1] - count[:, None]
+    return place + 1 + _at_least(scores, positives).minimum(negatives)  # the minimum: where a positive scores −∞
+
+
+def _at_least(
+    scores: Float[Tensor, "rows gallery"], thresholds: Float[Tensor, "rows positives"]
+) -> Int[Tensor, "rows positives"]:
+    """How many scores of a row are at least its thresholds."""
+    size = scores.shape[1]
+    if thresholds.shape[1] > SORT_ABOVE or size >= 2**24:  # ones are summed in float32: exact below 2²⁴
+        return size - torch.searchsorted(scores.sort(1).values, thresholds)
+    counts = torch.empty(thresholds.T.shape, dtype=scores.dtype, device=scores.device)
+    block = max(1, BLOCK_ENTRIES.get(scores.device.type, 2**18) // size)
+    reached = torch.empty(block, size, dtype=scores.dtype, device=scores.device)
+    for start in range(0, len(scores), block):
+        rows = scores[start : start + block]
+        for place, threshold in enumerate(thresholds[start : start + block].T):
+            ones = torch.ge(rows, threshold[:, None], out=reached[: len(rows)])
+            torch.sum(ones, 1, out=counts[place, start : start + block])
+    return counts.T.long()
+
+
+def bootstrap_interval(
+    values: Float[Tensor, " queries"] | Float[np.ndarray, " queries"],
+    pids: Int[Tensor, " queries"] | Int[np.ndarray, " queries"],
+    draws: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Low and high end of the 95 % interval of the mean of `values`, by resampling identities with replacement.
+
+    The queries of one person resemble each other, so people are drawn, not queries: a draw is as many identities as
+    there are, each with all its queries; the ends are the 2.5 and 97.5 percentiles of the draws' means. The interval
+    of a difference between two models on the same queries is that of the differences of their values. One identity
+    gives an interval without width. Raises ValueError for NaN (queries that were skipped).
+    """
+    values, pids = np.asarray(torch.as_tensor(values).cpu(), dtype=float), np.asarray(torch.as_tensor(pids).cpu())
+    if np.isnan(values).any():
+        raise ValueError(f"{np.isnan(values).sum()} of {len(values)} values are NaN: drop those queries first")
+    _, person = np.unique(pids, return_inverse=True)
+    sums, sizes = np.bincount(person, values), np.bincount(person)
+    drawn = np.random.default_rng(seed).integers(len(sums), size=(draws, len(sums)), dtype=np.int32)
+    means = [sums[people].sum() / sizes[people].sum() for people in drawn]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)

@@ -1,0 +1,279 @@
+"""Tidy tables → matplotlib axes (`ax=` in, `ax` out, as seaborn does)."""
+
+import html
+import math
+import re
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+from pandas import DataFrame
+from PIL import Image, ImageOps
+
+from irra_core.recipes import LOSS_NAMES
+
+# Okabe & Ito's colours, which colour-blind people tell apart; green and vermilion are kept for right and wrong.
+PALETTE = ("#0072B2", "#E69F00", "#CC79A7", "#56B4E9", "#5B5B5B", "#F0E442")
+RIGHT, WRONG = "#009E73", "#D55E00"
+INK, QUIET, FAINT = "#222222", "#6B6B6B", "#E4E4E4"
+WIDTH = 11.0  # inches: a notebook's column at JupyterLab's default zoom
+LETTER = 0.0072  # inches: mean width of a letter of DejaVu Sans, a point of its size
+
+
+def people(annotations: DataFrame, *, n: int = 6, views: int = 2, seed: int = 0, ax: Axes | None = None) -> Axes:
+    """Axes with n people drawn at random: up to `views` photos of each and, below, the first photo's first caption.
+
+    annotations: columns `pid, path, caption`. Without `ax` a new figure of notebook width is made.
+    """
+    pids = annotations["pid"].drop_duplicates()
+    pids = pids.sample(min(n, len(pids)), random_state=seed)
+    shown = annotations[annotations["pid"].isin(pids)].drop_duplicates("path").groupby("pid").head(views)
+    tall = _cell_height(shown["path"])
+    step = views + 0.5  # half a photo between two people
+    wide = len(pids) * step - 0.5
+    letters = int(_inches(ax) * (views + 0.2) / wide / (9 * LETTER))
+    captions = [
+        _wrap(text, letters, most=10) for text in shown.drop_duplicates("pid").set_index("pid")["caption"][pids]
+    ]
+    ax = _picture_axes(ax, wide, 0.0, tall, 0.4 + 0.18 * max(text.count("\n") + 1 for text in captions))
+    for place, (pid, caption) in enumerate(zip(pids, captions, strict=True)):
+        for view, path in enumerate(shown.loc[shown["pid"] == pid, "path"]):
+            _draw_photo(ax, path, place * step + view, 0.0, tall)
+        _write(ax, place * step, 0.0, -6, caption, size=9, linespacing=1.35)
+        _write(ax, place * step, tall, 5, f"identity {pid}", size=8, color=QUIET)
+    return ax
+
+
+def ranking(results: DataFrame, *, truth: str | Path | None = None, columns: int = 10, ax: Axes | None = None) -> Axes:
+    """Axes with one query's ranking: its words, the photo they were written for, and the photos found, best first.
+
+    results: one query's rows of `Gallery.search`: columns `query, rank, score, path`; where there is a column `right`
+    (bool), photos are framed green and ticked, or red and crossed; a column `pid` is written below. `truth` is the
+    path of the query's own photo. Without `ax` a new figure of notebook width is made. Raises ValueError for a table
+    of several queries.
+    """
+    queries = results["query"].unique()
+    if len(queries) != 1:
+        raise ValueError(
+            f"results hold {len(queries)} queries: ranking draws one, as results[results['query'] == text]"
+        )
+    results = results.sort_values("rank")
+    tall = _cell_height([*results["path"], *([] if truth is None else [truth])])
+    left = 0.0 if truth is None else 1.45
+    lines = math.ceil(len(results) / columns)
+    wide, line_height = columns * 1.14 - 0.14 + left, tall + 0.95
+    text = _wrap(f"“{queries[0]}”", int(_inches(ax) / (12 * LETTER)), most=6)
+    ax = _picture_axes(ax, wide, (1 - lines) * line_height, tall, 1 + 0.23 * text.count("\n"))
+    if truth is not None:
+        _draw_photo(ax, truth, 0.0, 0.0, tall)
+        _write(ax, 0.0, tall, 5, "its photo", size=10, color=QUIET)
+        ax.plot([1.225, 1.225], [(1 - lines) * line_height, tall], color=FAINT, linewidth=1)
+    for place, row in enumerate(results.itertuples()):
+        _draw_result(ax, row, left + place % columns * 1.14, -(place // columns) * line_height, tall)
+    ax.set_title(text, loc="left", fontsize=12, color=INK, pad=28, linespacing=1.4, parse_math=False)
+    return ax
+
+
+def _draw_result(ax: Axes, row, x: float, y: float, tall: float) -> None:
+    """Draw one row of a ranking: rank and verdict above the photo, score and identity below."""
+    verdict = getattr(row, "right", None)
+    known = verdict is not None and verdict == verdict  # NaN is unknown, too
+    color = QUIET if not known else RIGHT if verdict else WRONG
+    _draw_photo(ax, row.path, x, y, tall, frame=color if known else None)
+    mark = "" if not known else "  ✓" if verdict else "  ✗"
+    _write(ax, x, y + tall, 5, f"{row.rank}{mark}", size=10, color=color if known else INK, weight="bold")
+    _write(ax, x, y, -5, f"{row.score:.3f}", size=9)
+    if getattr(row, "pid", None) is not None and row.pid == row.pid:
+        _write(ax, x, y, -18, f"id {row.pid}", size=8, color=QUIET)
+
+
+def attention(
+    photo: str | Path | Image.Image, weights: Float[np.ndarray, "rows cols"], *, word: str = "", ax: Axes | None = None
+) -> Axes:
+    """Axes with a photo that is lit where the word looks: bright at the largest of the weights, dim at zero.
+
+    weights: any non-negative numbers on a grid over the photo, as one word's `IRRA.attention`; they are drawn
+    relative to the largest, so two pictures compare in place, not in strength.
+    """
+    ax = plt.gca() if ax is None else ax
+    grey = np.asarray(_photo(photo).convert("L"), dtype=np.float32) / 255
+    light = Image.fromarray(np.asarray(weights / max(weights.max(), 1e-12), dtype=np.float32))
+    light = np.asarray(light.resize(grey.shape[::-1], Image.Resampling.BICUBIC)).clip(0, 1)
+    glow = plt.get_cmap("inferno")(light)[..., :3]
+    ax.imshow(0.7 * grey[..., None] * (1 - light[..., None]) + glow * (0.35 + 0.65 * grey[..., None]))
+    ax.set_title(word, fontsize=10, color=INK, parse_math=False)
+    ax.set_axis_off()
+    return ax
+
+
+def loss_curves(
+    history: DataFrame, *, x: str = "step", parts: Sequence[str] | None = None, ax: Axes | None = None
+) -> Axes:
+    """Axes with one line a part of the loss over training.
+
+    history: a row an evaluation, with a column a part in nats (`parts`, else every loss name that is a column).
+    """
+    ax = plt.gca() if ax is None else ax
+    parts = [name for name in LOSS_NAMES if name in history] if parts is None else list(parts)
+    for name, color in zip(parts, PALETTE, strict=False):
+        ax.plot(history[x], history[name], color=color, label=name.upper(), marker=_marker(history))
+    ax.set(xlabel=x, ylabel="loss (nats)")
+    ax.set_ylim(bottom=0)
+    ax.legend(frameon=False, title=None)
+    return _finish(ax, grid="y")
+
+
+def metric_curve(
+    history: DataFrame, *, metric: str = "R1", x: str = "step", hue: str | None = None, ax: Axes | None = None
+) -> Axes:
+    """Axes with a metric in per cent over training, one line a value of `hue`.
+
+    history: columns `x` and `metric`; where `metric`_low and `metric`_high are columns, the interval is shaded.
+    """
+    ax = plt.gca() if ax is None else ax
+    runs = [(None, history)] if hue is None else list(history.groupby(hue, sort=False))
+    for (name, rows), color in zip(runs, PALETTE, strict=False):
+        ax.plot(rows[x], rows[metric], color=color, label=name, marker=_marker(rows))
+        if f"{metric}_low" in rows:
+            ax.fill_between(
+                rows[x], rows[f"{metric}_low"], rows[f"{metric}_high"], color=color, alpha=0.15, linewidth=0
+            )
+    ax.set(xlabel=x, ylabel=f"{_spoken(metric)} (%)")
+    if hue is not None:
+        ax.legend(frameon=False, title=hue)
+    return _finish(ax, grid="y")
+
+
+def interval_dots(
+    results: DataFrame,
+    *,
+    metric: str = "R1",
+    by: str = "losses",
+    references: Mapping[str, float] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Axes with one dot a row and its 95 % interval, the largest on top.
+
+    results: columns `by`, `metric`, `metric`_low and `metric`_high, in per cent; rows without an interval have a dot
+    alone. `references` are named values in per cent, drawn as upright lines: chance, the ceiling, a published score.
+    """
+    ax = plt.gca() if ax is None else ax
+    rows = results.sort_values(metric)
+    bars = [rows[metric] - rows[f"{metric}_low"], rows[f"{metric}_high"] - rows[metric]]
+    places = np.arange(len(rows))
+    ax.errorbar(rows[metric], places, xerr=bars, fmt="o", capsize=3, color=PALETTE[0], markersize=6, linewidth=1.5)
+    ax.set_yticks(places, [str(name) for name in rows[by]])
+    ax.set_ylim(-0.6, len(rows) - 0.4)
+    for name, value in (references or {}).items():
+        ax.axvline(value, color=QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+        ax.annotate(name, (value, 1), xycoords=("data", "axes fraction"), xytext=(0, 4), textcoords="offset points",
+                    ha="center", fontsize=8, color=QUIET)  # fmt: skip
+    ax.set(xlabel=f"{_spoken(metric)} (%)", ylabel="")
+    return _finish(ax, grid="x")
+
+
+def caption_lengths(annotations: DataFrame, *, hue: str | None = "split", ax: Axes | None = None) -> Axes:
+    """Axes with how many words the captions have, as a share of each split's captions.
+
+    annotations: columns `caption` and `hue`.
+    """
+    ax = plt.gca() if ax is None else ax
+    words = annotations["caption"].str.split().str.len().rename("words")
+    table = words.to_frame() if hue is None else words.to_frame().assign(**{hue: annotations[hue]})
+    colors = None if hue is None else PALETTE[: table[hue].nunique()]
+    sns.histplot(table, x="words", hue=hue, palette=colors, color=PALETTE[0], stat="percent", common_norm=False,
+                 discrete=True, element="step", fill=hue is None, ax=ax)  # fmt: skip
+    ax.set(xlabel="words in a caption", ylabel="captions (%)" if hue is None else f"captions of the {hue} (%)")
+    if ax.get_legend() is not None:
+        ax.get_legend().set(frame_on=False)
+    return _finish(ax, grid="y")
+
+
+def masked_caption(words: Sequence[str], answers: Sequence[str]) -> str:
+    """HTML of a caption as MLM reads it, with the word it must predict above each place ("" where there is none)."""
+    read = []
+    for word, answer in zip(words, answers, strict=True):
+        word, answer = html.escape(word), html.escape(answer)
+        box = f"<ruby style='background:{FAINT};padding:0 .25em;border-radius:.2em'>{word}"
+        read.append(f"{box}<rt style='color:{PALETTE[0]};font-size:.8em'>{answer}</rt></ruby>" if answer else word)
+    return f"<p style='line-height:2.2;margin:0'>{' '.join(read)}</p>"
+
+
+def _picture_axes(ax: Axes | None, wide: float, bottom: float, top: float, words: float) -> Axes:
+    """The axes given, or a new figure's, with photos one unit wide and `words` inches left for text around them."""
+    if ax is None:
+        figure = plt.figure(figsize=(WIDTH, WIDTH * (top - bottom) / wide + words), layout="constrained")
+        ax = figure.subplots()
+    ax.set_axis_off()
+    ax.set(xlim=(-0.03, wide + 0.03), ylim=(bottom, top), aspect="equal", anchor="NW")
+    return ax
+
+
+def _photo(photo: str | Path | Image.Image) -> Image.Image:
+    """The photo upright, in RGB."""
+    if isinstance(photo, Image.Image):
+        return photo.convert("RGB")
+    with Image.open(photo) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def _cell_height(paths: Iterable[str | Path]) -> float:
+    """The tallest photo's height over its width, at most the 3:1 of pedestrian crops."""
+    sizes = [_photo(path).size for path in set(paths)]
+    return min(3.0, max((height / width for width, height in sizes), default=3.0))
+
+
+def _draw_photo(ax: Axes, path: str | Path, x: float, y: float, tall: float, frame: str | None = None) -> None:
+    """Draw a photo as large as fits into the cell of width 1 whose lower left corner is (x, y)."""
+    photo = _photo(path)
+    scale = min(1 / photo.width, tall / photo.height)
+    wide, high = photo.width * scale, photo.height * scale
+    left, bottom = x + (1 - wide) / 2, y + (tall - high) / 2
+    photo.thumbnail((256, 512))  # more than a figure shows, and small in the notebook's file
+    ax.imshow(photo, extent=(left, left + wide, bottom, bottom + high))
+    if frame is not None:
+        ax.add_patch(Rectangle((left, bottom), wide, high, fill=False, edgecolor=frame, linewidth=3, joinstyle="miter"))
+
+
+def _write(ax: Axes, x: float, y: float, points: int, text: str, color: str = INK, **style) -> None:
+    """Write text so many points above (or, negative, below) a place; a $ is a dollar, not a formula."""
+    ax.annotate(text, (x, y), xytext=(0, points), textcoords="offset points", color=color, parse_math=False,
+                va="bottom" if points > 0 else "top", annotation_clip=False, **style)  # fmt: skip
+
+
+def _wrap(text: str, letters: int, most: int) -> str:
+    """The text in at most so many lines of so many letters; a longer one ends in an ellipsis."""
+    return "\n".join(textwrap.wrap(text, max(letters, 8), max_lines=most, placeholder=" …")) or " "
+
+
+def _inches(ax: Axes | None) -> float:
+    """The width that the layout leaves to the axes, or to those of a new figure."""
+    if ax is None:
+        return WIDTH
+    place = ax.get_subplotspec()
+    share = ax.get_position().width if place is None else len(place.colspan) / place.get_gridspec().ncols
+    return 0.98 * share * ax.figure.get_figwidth()
+
+
+def _marker(rows: DataFrame) -> str:
+    """Dots where they can be told apart."""
+    return "o" if len(rows) <= 20 else ""
+
+
+def _spoken(metric: str) -> str:
+    """R1 as the field writes it: R@1."""
+    return re.sub(r"^R(\d+)$", r"R@\1", metric)
+
+
+def _finish(ax: Axes, grid: str) -> Axes:
+    """The same quiet frame for every chart."""
+    sns.despine(ax=ax)
+    ax.grid(axis=grid, color=FAINT, linewidth=0.8)
+    ax.set_axisbelow(True)
+    return ax

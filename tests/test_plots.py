@@ -1,0 +1,190 @@
+"""What the plots put on their axes; pixels are for the eye."""
+
+import warnings
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from pandas import DataFrame
+from PIL import Image
+
+from irra_core import plots
+
+COLORS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30)]
+
+
+@pytest.fixture(autouse=True)
+def _no_figure_is_left_over():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Four photos of one colour each, 16 pixels wide and 48 high."""
+    paths = [str(tmp_path / f"{place}.png") for place in range(4)]
+    for path, color in zip(paths, COLORS, strict=True):
+        Image.new("RGB", (16, 48), color).save(path)
+    return paths
+
+
+@pytest.fixture
+def results(photos):
+    """A ranking of four photos, the second and the fourth right, its rows out of order."""
+    table = DataFrame({"query": "a man in red", "rank": [1, 2, 3, 4], "score": [0.9, 0.7, 0.3, -0.1], "path": photos,
+                       "pid": [5, 7, 8, 7], "right": [False, True, False, True]})  # fmt: skip
+    return table.sample(frac=1, random_state=1)
+
+
+def texts(ax):
+    return [text.get_text() for text in ax.texts]
+
+
+def drawn_colors(ax):
+    """The colour in the middle of each photo, from left to right."""
+    images = sorted(ax.images, key=lambda image: image.get_extent()[0])
+    return [tuple(int(v) for v in np.asarray(image.get_array())[24, 8]) for image in images]
+
+
+def test_ranking_draws_the_photos_from_the_first_rank_to_the_last(results):
+    ax = plots.ranking(results, ax=Figure().subplots())
+    assert drawn_colors(ax) == COLORS
+    assert [text for text in texts(ax) if text[0] in "-0"] == ["0.900", "0.700", "0.300", "-0.100"]
+
+
+def test_ranking_frames_right_green_and_wrong_red_and_says_so_without_colour(results):
+    ax = plots.ranking(results, ax=Figure().subplots())
+    frames = sorted((p for p in ax.patches if isinstance(p, Rectangle)), key=lambda patch: patch.get_x())
+    assert [to_hex(f.get_edgecolor()).upper() for f in frames] == [plots.WRONG, plots.RIGHT, plots.WRONG, plots.RIGHT]
+    assert [text for text in texts(ax) if "✓" in text or "✗" in text] == ["1  ✗", "2  ✓", "3  ✗", "4  ✓"]
+
+
+def test_ranking_without_known_identities_has_no_verdict(results):
+    ax = plots.ranking(results.drop(columns=["right", "pid"]), ax=Figure().subplots())
+    assert not ax.patches
+    assert not any(mark in text for text in texts(ax) for mark in ("✓", "✗", "id"))
+
+
+def test_ranking_puts_the_querys_own_photo_first(results, photos):
+    ax = plots.ranking(results, truth=photos[3], ax=Figure().subplots())
+    assert drawn_colors(ax) == [COLORS[3], *COLORS]
+    assert "its photo" in texts(ax)
+
+
+def test_ranking_breaks_into_lines_of_so_many_columns(results):
+    ax = plots.ranking(results, columns=2, ax=Figure().subplots())
+    corners = [(image.get_extent()[0], image.get_extent()[2]) for image in ax.images]
+    assert len({x for x, _ in corners}) == len({y for _, y in corners}) == 2
+
+
+def test_ranking_refuses_a_table_of_several_queries(results):
+    with pytest.raises(ValueError, match="2 queries"):
+        plots.ranking(results.assign(query=["a", "a", "b", "b"]))
+
+
+def test_a_query_with_dollars_and_five_hundred_words_is_drawn_as_text(results):
+    ax = plots.ranking(results.assign(query="$\\frac{1}$ <b>" + " word" * 500), ax=Figure().subplots())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ax.figure.canvas.draw()
+    title = ax.get_title(loc="left")
+    assert title.startswith("“$\\frac{1}$ <b>")
+    assert title.endswith("…")
+    assert title.count("\n") == 5
+
+
+def test_photos_keep_their_shape_inside_equal_cells(results, tmp_path):
+    wide = str(tmp_path / "wide.png")
+    Image.new("RGB", (40, 20)).save(wide)
+    ax = plots.ranking(results.head(1).assign(path=wide), ax=Figure().subplots())
+    left, right, bottom, top = ax.images[0].get_extent()
+    assert (right - left) / (top - bottom) == pytest.approx(2)
+    assert right - left == pytest.approx(1)
+
+
+@pytest.mark.parametrize("draw", ["ranking", "people"])
+def test_pictures_open_one_figure_of_their_own_only_when_no_axes_are_given(draw, results):
+    table = results.assign(caption="a man", split="test")
+    ax = Figure().subplots()
+    assert getattr(plots, draw)(table, ax=ax) is ax
+    assert not plt.get_fignums()
+    getattr(plots, draw)(table)
+    assert len(plt.get_fignums()) == 1
+
+
+def test_people_shows_each_drawn_person_once_with_views_and_caption(photos):
+    annotations = DataFrame({"pid": [3, 3, 3, 9, 9], "path": [photos[0], photos[0], photos[1], photos[2], photos[3]],
+                             "caption": ["red one", "red two", "green", "blue", "yellow"]})  # fmt: skip
+    ax = plots.people(annotations, n=5, ax=Figure().subplots())
+    assert sorted(drawn_colors(ax)) == sorted(COLORS)
+    assert sorted(texts(ax)) == ["blue", "identity 3", "identity 9", "red one"]
+    assert len(plots.people(annotations, n=1, views=1, ax=Figure().subplots()).images) == 1
+
+
+def test_interval_dots_draws_the_table_on_the_axes_it_is_given():
+    table = DataFrame({"losses": ["sdm", "itc"], "R1": [70.4, 68.2], "R1_low": [69.3, 67.1], "R1_high": [71.5, 69.3]})
+    ax = Figure().subplots()
+    assert plots.interval_dots(table, references={"ceiling": 88.0}, ax=ax) is ax
+    assert not plt.get_fignums()
+    assert list(ax.lines[0].get_xdata()) == [68.2, 70.4]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["itc", "sdm"]
+    bars = [[point[0] for point in bar] for bar in ax.collections[0].get_segments()]
+    assert np.allclose(bars, [[67.1, 69.3], [69.3, 71.5]])
+    assert ax.get_xlabel() == "R@1 (%)"
+    assert texts(ax) == ["ceiling"]
+
+
+def test_interval_dots_keeps_two_rows_of_one_name_apart():
+    table = DataFrame({"losses": ["sdm", "sdm"], "R1": [70.4, 68.2], "R1_low": np.nan, "R1_high": np.nan})
+    assert len(set(plots.interval_dots(table, ax=Figure().subplots()).lines[0].get_ydata())) == 2
+
+
+def test_loss_curves_draws_every_part_that_the_history_has():
+    history = DataFrame({"step": [10, 20], "sdm": [5.0, 3.0], "mlm": [4.0, 2.0], "R1": [20.0, 40.0]})
+    ax = plots.loss_curves(history, ax=Figure().subplots())
+    assert {line.get_label(): list(line.get_ydata()) for line in ax.lines} == {"SDM": [5.0, 3.0], "MLM": [4.0, 2.0]}
+    assert ax.get_ylabel() == "loss (nats)"
+
+
+def test_metric_curve_draws_a_line_a_run_in_colours_of_its_own():
+    history = DataFrame({"step": [1, 2, 1, 2], "mAP": [10.0, 20.0, 5.0, 9.0], "losses": ["sdm", "sdm", "itc", "itc"]})
+    ax = plots.metric_curve(history, metric="mAP", hue="losses", ax=Figure().subplots())
+    assert [list(line.get_ydata()) for line in ax.lines] == [[10.0, 20.0], [5.0, 9.0]]
+    assert len({line.get_color() for line in ax.lines}) == 2
+    assert ax.get_ylabel() == "mAP (%)"
+
+
+def test_caption_lengths_are_shares_of_each_splits_captions():
+    captions = ["one two", "one two", "one two three four", "one two"]
+    annotations = DataFrame({"caption": captions, "split": ["train", "train", "train", "test"]})
+    ax = plots.caption_lengths(annotations, ax=Figure().subplots())
+    assert sorted(round(float(max(line.get_ydata())), 1) for line in ax.lines) == [66.7, 100.0]
+    assert ax.get_xlabel() == "words in a caption"
+
+
+def test_attention_is_brightest_where_the_weight_is_and_upright(photos):
+    weights = np.zeros((6, 2))
+    weights[1, 0] = 0.2  # the largest, so it is drawn at full light
+    ax = plots.attention(photos[0], weights, word="a $hat", ax=Figure().subplots())
+    light = np.asarray(ax.images[0].get_array()).sum(-1)
+    row, column = np.unravel_index(light.argmax(), light.shape)
+    assert (row // 8, column // 8) == (1, 0)
+    assert ax.get_title() == "a $hat"
+
+
+def test_attention_without_any_weight_is_the_grey_photo(photos):
+    ax = plots.attention(photos[0], np.zeros((6, 2)), ax=Figure().subplots())
+    drawn = np.asarray(ax.images[0].get_array())
+    assert np.ptp(drawn) < 0.02  # inferno begins just beside black
+
+
+def test_masked_caption_shows_what_is_read_and_what_is_asked_and_runs_no_markup():
+    text = plots.masked_caption(["a", "[MASK]", "<script>"], ["", "red", ""])
+    assert "[MASK]<rt" in text
+    assert ">red</rt>" in text
+    assert "<script>" not in text
+    assert "&lt;script&gt;" in text
+    assert text.count("<ruby") == 1

@@ -7,6 +7,7 @@ import html
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,7 +19,13 @@ DOMAINS = ("street", "night", "campus", "general")
 SMOKE_IDENTITIES, SMOKE_STEPS = 24, 3  # what IRRA_SMOKE=1 leaves of a run
 
 
-def _number(default: Any, why: str, choices: Iterable[str] = (), least: float | None = None, most: float | None = None):
+def _number(
+    default: Any,
+    why: str,
+    choices: Iterable[str] = (),
+    least: int | float | None = None,
+    most: int | float | None = None,
+):
     """A field of the recipe with the reason for its default and the values it accepts."""
     return field(default=default, metadata={"why": why, "choices": tuple(choices), "least": least, "most": most})
 
@@ -98,7 +105,7 @@ class Recipe:
         return {name: found[name] if values[name] == getattr(self, name) else "given" for name in found}
 
     def differences(self) -> dict[str, Any]:
-        """What differs from the data set's own recipe, as a reader would ask for it: preset, backbone, then the rest."""
+        """What differs from the data set's own recipe, in the order preset, backbone, weights, the rest."""
         own = recipe(self.dataset, _smoke=False)
         layered = _resolve(self.dataset, self.backbone, self.pretrained, self.preset)
         leading = ("preset", "backbone")
@@ -177,6 +184,12 @@ def recipe(dataset: str = "synthetic", *, _smoke: bool | None = None, **override
         values["identities"] = min(values["identities"] or SMOKE_IDENTITIES, SMOKE_IDENTITIES)
         values["max_steps"] = min(values["max_steps"] or SMOKE_STEPS, SMOKE_STEPS)
     return Recipe(**values)
+
+
+def pretraining() -> Recipe:
+    """How the small CLIP comes by its `general` weights: InfoNCE on the rendered domain `general`, no selection."""
+    chosen = {"identities": 1000, "losses": "itc", "epochs": 5, "lr": 1e-3, "select_on": "last"}
+    return recipe("synthetic-general", pretrained="none", **chosen)
 
 
 def smoke() -> bool:
@@ -277,10 +290,11 @@ def _checked(item: dataclasses.Field, value: Any) -> Any:
     if item.metadata["choices"] and value is not None:
         _check_choice(item.name, value, item.metadata["choices"])
     least, most = item.metadata["least"], item.metadata["most"]
-    if value is not None and not isinstance(value, str) and least is not None:
-        if not value >= least or (most is not None and value > most) or value == float("inf"):
-            accepted = f"at least {least}" + (f" and at most {most}" if most is not None else "")
-            raise ValueError(f"recipe field {item.name!r} is {value!r}: accepted is {accepted}")
+    if least is None or value is None:
+        return value
+    if not least <= value <= (sys.float_info.max if most is None else most):
+        accepted = f"at least {least}" + (f" and at most {most}" if most is not None else "")
+        raise ValueError(f"recipe field {item.name!r} is {value!r}: accepted is {accepted}")
     return value
 
 

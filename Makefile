@@ -1,0 +1,46 @@
+# Every target does its own set-up: a machine with Python 3.11 or newer and make needs nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+REPORTS := $(or $(IRRA_REPORTS),reports)
+ARGS ?=
+
+.PHONY: train test lab lock lint notebooks
+
+train: .venv/ready  ## trains on the default data set; ARGS="-p dataset rstp -p epochs 1" goes to papermill
+	@mkdir -p "$(REPORTS)"
+	$(BIN)/papermill notebooks/train.ipynb "$(REPORTS)/.train.ipynb" $(ARGS)
+	@mv "$(REPORTS)/.train.ipynb" "$(REPORTS)/latest/train.ipynb"
+	@$(BIN)/jupyter nbconvert --log-level WARN --to html "$(REPORTS)/latest/train.ipynb"
+	@$(BIN)/python -c "import sys, irra_core as irra; print(irra.runs.summary(sys.argv[1]))" "$(REPORTS)/latest"
+	@echo "      notebook: $$(realpath "$(REPORTS)/latest")/train.ipynb"
+	@echo "          html: $$(realpath "$(REPORTS)/latest")/train.html"
+
+test: .venv/ready lint  ## everything that continuous integration checks
+	$(BIN)/python -m pytest
+	$(MAKE) notebooks
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/nbstripout --verify notebooks/*.ipynb
+
+notebooks: .venv/ready  ## every notebook, shrunken, cell by cell; then one as a user types it
+	rm -rf reports/smoke
+	IRRA_SMOKE=1 $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 notebooks
+	cd notebooks && IRRA_SMOKE=1 ../$(BIN)/papermill --no-progress-bar train.ipynb ../reports/smoke/out.ipynb -p seed 1
+
+lab: .venv/ready  ## JupyterLab in the notebooks folder
+	$(BIN)/jupyter lab --notebook-dir=.
+
+lock: .venv/ready  ## refreshes requirements.lock from pyproject.toml
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/python -m uv pip compile --quiet --universal --upgrade --no-emit-index-url --no-header --extra test pyproject.toml -o requirements.lock
+
+.venv/ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv \
+		&& $(BIN)/python -m uv pip install --quiet --python $(BIN)/python -r requirements.lock \
+		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch .venv/ready

@@ -1,0 +1,211 @@
+"""A trained model and annotated photos → `Evaluation`: every query's rank and the scores with their intervals."""
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pandas import DataFrame
+from torch import Tensor
+
+from irra_core.images import image_array, normalise
+from irra_core.metrics import bootstrap_interval, query_metrics_from_features
+from irra_core.text import tokenize, trim
+
+METRICS = {"R1": "R1", "R5": "R5", "R10": "R10", "mAP": "AP", "mINP": "INP"}  # score → its value for one query
+Interval = tuple[float, float, float]  # value, low, high
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one model on one split, in per cent, and what every single query got.
+
+    `text_to_image` and `image_to_text` have a row a query: pid, image_id (and caption), rank of the first right
+    result, R1, R5, R10 (0 or 100), AP, INP. `hard` marks the queries whose person has a near-twin in the gallery.
+    """
+
+    text_to_image: DataFrame
+    image_to_text: DataFrame
+    images: int
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Everything that `metrics.json` keeps: each score as [value, low, high] (95 %, bootstrap over identities)."""
+        queries = self.text_to_image
+        found = {
+            "queries": len(queries),
+            "images": self.images,
+            "identities": int(queries.pid.nunique()),
+            "text_to_image": scores(queries),
+            "image_to_text": scores(self.image_to_text),
+        }
+        if queries.hard.any():
+            hard = queries[queries.hard]
+            found["hard_negatives"] = {"queries": len(hard), "text_to_image": scores(hard)}
+        return found
+
+    def table(self) -> DataFrame:
+        """One row a direction (and one for the hard negatives), columns R1 … mINP with `_low` and `_high`."""
+        return metrics_table(self.metrics)
+
+    def _repr_html_(self) -> str:
+        return readable(self.table())._repr_html_()
+
+
+def evaluate(
+    model,
+    annotations: DataFrame,
+    split: str = "test",
+    *,
+    pixels: np.ndarray | None = None,
+    hard_pids: Collection[int] = (),
+    precision: str = "auto",
+    progress=None,
+) -> Evaluation:
+    """The scores of a model on one split: each caption searches all photos, and each photo all captions.
+
+    `pixels` are the decoded photos of the whole table by image_id [N, 3, H, W]; without them they are decoded here.
+    `hard_pids` are the people with a near-twin. Raises ValueError when the split is empty.
+    """
+    queries = annotations[annotations.split == split].reset_index(drop=True)
+    if queries.empty:
+        raise ValueError(f"split {split!r} has no rows: the table has {', '.join(sorted(set(annotations.split)))}")
+    photos = queries.drop_duplicates("image_id").reset_index(drop=True)
+    if pixels is None:
+        height, width = model.image_size
+        shown = image_array(list(photos.path), height, width, progress=progress).pixels
+    else:
+        shown = pixels[photos.image_id.to_numpy()]
+    image = encode_images(model, shown, precision=precision, progress=progress)
+    text = encode_texts(model, list(queries.caption), precision=precision, progress=progress)
+    return rank_features(image, text, photos, queries, hard_pids)
+
+
+def rank_features(
+    image: Float[Tensor, "images dim"],
+    text: Float[Tensor, "captions dim"],
+    photos: DataFrame,
+    queries: DataFrame,
+    hard_pids: Collection[int] = (),
+) -> Evaluation:
+    """The evaluation of L2-normalised features, row by row those of the two tables."""
+    query_pids, gallery_pids = (torch.from_numpy(table.pid.to_numpy()) for table in (queries, photos))
+    found = query_metrics_from_features(text, image, query_pids, gallery_pids)
+    back = query_metrics_from_features(image, text, gallery_pids, query_pids)
+    hard = np.isin(queries.pid.to_numpy(), list(hard_pids))
+    columns = ["pid", "image_id"]
+    return Evaluation(
+        text_to_image=queries[[*columns, "caption"]].assign(hard=hard, **{n: v.numpy() for n, v in found.items()}),
+        image_to_text=photos[columns].assign(**{name: value.numpy() for name, value in back.items()}),
+        images=len(photos),
+    )
+
+
+def scores(queries: DataFrame) -> dict[str, Interval]:
+    """R1, R5, R10, mAP and mINP of per-query values, each with its 95 % interval."""
+    pids = queries.pid.to_numpy()
+    found = {}
+    for name, column in METRICS.items():
+        values = queries[column].to_numpy(dtype=np.float64)
+        found[name] = (float(values.mean()), *bootstrap_interval(values, pids))
+    return found
+
+
+def gain(after: DataFrame, before: DataFrame) -> dict[str, Interval]:
+    """How much better the same queries do after than before, paired: the interval of each score's difference."""
+    if not np.array_equal(after.pid.to_numpy(), before.pid.to_numpy()):
+        raise ValueError("the two evaluations have different queries: compare runs on the same data and split")
+    difference = DataFrame({"pid": after.pid})
+    for column in METRICS.values():
+        difference[column] = after[column].to_numpy(dtype=np.float64) - before[column].to_numpy(dtype=np.float64)
+    return scores(difference)
+
+
+def metrics_table(metrics: Mapping[str, Any]) -> DataFrame:
+    """`Evaluation.metrics`, as read back from metrics.json, as a table: a row a direction."""
+    rows = {"text to image": metrics["text_to_image"], "image to text": metrics["image_to_text"]}
+    if "hard_negatives" in metrics:
+        rows["text to image, hard negatives"] = metrics["hard_negatives"]["text_to_image"]
+    return scores_table(rows)
+
+
+def scores_table(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> DataFrame:
+    """Name → {score: (value, low, high)} as a tidy table: columns R1, R1_low, R1_high, …, in per cent."""
+    table = {}
+    for row, found in rows.items():
+        table[row] = {f"{name}{end}": v for name in found for end, v in zip(("", "_low", "_high"), found[name])}
+    return DataFrame.from_dict(table, orient="index")
+
+
+def readable(table: DataFrame) -> DataFrame:
+    """The table for the eye: `81.2 [79.0, 83.1]` in one column a score."""
+    names = [name for name in METRICS if name in table]
+    text = {}
+    for name in names:
+        rows = zip(table[name], table[f"{name}_low"], table[f"{name}_high"])
+        text[f"{name} (%)"] = [f"{value:.1f} [{low:.1f}, {high:.1f}]" for value, low, high in rows]
+    return DataFrame(text, index=table.index)
+
+
+def encode_images(
+    model, pixels: np.ndarray, *, batch_size: int = 256, precision: str = "auto", progress=None
+) -> Float[Tensor, "n dim"]:
+    """L2-normalised float32 features, on the CPU, of decoded photos (uint8 [N, 3, H, W])."""
+    device = next(model.parameters()).device
+
+    def encode(start: int) -> Tensor:
+        chunk = torch.from_numpy(np.ascontiguousarray(pixels[start : start + batch_size]))
+        return model.encode_image(normalise(chunk.to(device)))
+
+    return _encoded(model, encode, len(pixels), batch_size, precision, progress, "photos")
+
+
+def encode_texts(
+    model, captions: Sequence[str], *, batch_size: int = 256, precision: str = "auto", progress=None
+) -> Float[Tensor, "n dim"]:
+    """L2-normalised float32 features, on the CPU, of sentences."""
+    device = next(model.parameters()).device
+    tokens = tokenize(list(captions))
+    order = (tokens != 0).sum(1).argsort(stable=True)  # captions of one length together: little padding to compute
+
+    def encode(start: int) -> Tensor:
+        (chunk,) = trim(tokens[order[start : start + batch_size]])
+        return model.encode_text(chunk.to(device))
+
+    found = _encoded(model, encode, len(tokens), batch_size, precision, progress, "sentences")
+    return torch.empty_like(found).index_copy_(0, order, found)
+
+
+def _encoded(model, encode, count: int, batch_size: int, precision: str, progress, unit: str) -> Tensor:
+    """All batches of one encoder, normalised; the model's training mode is restored."""
+    training = model.training
+    model.eval()
+    bar = progress(total=count, unit=unit, leave=False) if progress else None
+    parts = []
+    try:
+        with torch.inference_mode(), autocast(next(model.parameters()).device, precision):
+            for start in range(0, count, batch_size):
+                parts.append(F.normalize(encode(start).float(), dim=1).cpu())
+                if bar:
+                    bar.update(len(parts[-1]))
+    finally:
+        model.train(training)
+        if bar:
+            bar.close()
+    return torch.cat(parts).clone()
+
+
+@contextlib.contextmanager
+def autocast(device: torch.device, precision: str) -> Iterator[None]:
+    """The arithmetic that a recipe's `precision` asks for on this device (`auto`: bf16 on GPU, fp32 on CPU).
+
+    With fp16 the weights are half too (see training.half_weights) and nothing scales the loss, as released.
+    """
+    chosen = {"auto": torch.bfloat16 if device.type == "cuda" else None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = chosen.get(precision)
+    with torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext():
+        yield

@@ -1,0 +1,240 @@
+"""Run folders: their names, what they keep, when one is finished, and many of them collected into one table."""
+
+import hashlib
+import importlib.resources
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+from pandas import DataFrame
+
+from irra_core.annotations import table_digest
+from irra_core.evaluation import readable, scores_table
+from irra_core.images import image_array
+from irra_core.recipes import RECIPES, Recipe, own_file, project_root, read_recipe, smoke
+
+FORMAT = 1  # of what a run folder keeps; a run with another is made again
+WEIGHTS, STATE = "weights.safetensors", "state.safetensors"
+
+
+class RunFolder(NamedTuple):
+    """Where a run lives, and why folders of the same name were passed over: path → the differences."""
+
+    path: Path
+    passed_over: dict[Path, list[str]]
+
+
+def reports_root(given: str | Path | None = None) -> Path:
+    """The folder that keeps all runs: given (relative: from the project's root), else IRRA_REPORTS, else `reports`."""
+    return project_root() / (given or os.environ.get("IRRA_REPORTS") or "reports")
+
+
+def dataset_name(dataset: str) -> str:
+    """The data set's name in folders: as it is; for own data the file's stem and 8 hex digits of its hash."""
+    if dataset in RECIPES:
+        return dataset
+    path = own_file(dataset)
+    return f"{path.stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
+
+
+def run_name(recipe: Recipe) -> str:
+    """What differs from the data set's own recipe, as `epochs=1,seed=3`; `default` where nothing does."""
+    parts = ["smoke"] if smoke() else []
+    shrunk = ("identities", "max_steps") if smoke() else ()
+    for name, value in recipe.differences().items():
+        if name not in shrunk:
+            parts.append(f"{name}={_plain(value)}")
+    name = ",".join(parts) or "default"
+    if len(name) > 120:  # file systems allow 255 bytes; the rest stays in recipe.json
+        name = f"{name[:100]}…{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
+
+
+def _plain(value: Any) -> str:
+    """A value in letters that every file system takes; a path by its last part and a hash of the whole."""
+    text = str(value)
+    if "/" in text or "\\" in text:
+        text = f"{Path(text).stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return re.sub(r"[^\w.+-]", "-", text)
+
+
+def data_digest(annotations: DataFrame, recipe: Recipe, progress=None) -> str:
+    """The fingerprint of a run's data: the table's rows and every decoded pixel (which this makes if need be)."""
+    photos = annotations.drop_duplicates("image_id").sort_values("image_id")
+    pixels = image_array(list(photos.path), recipe.image_height, recipe.image_width, progress=progress)
+    return hashlib.sha256(f"{table_digest(annotations)} {pixels.digest}".encode()).hexdigest()
+
+
+def run_folder(recipe: Recipe, data: str, root: str | Path | None = None) -> RunFolder:
+    """The folder of this recipe on this data below `root`: a new one, or the one where it was begun or finished.
+
+    A folder of the same name that holds another recipe, other data or another format is passed over, and named.
+    """
+    parent = reports_root(root) / ("smoke" if smoke() else "") / dataset_name(recipe.dataset)
+    name, passed_over = run_name(recipe), {}
+    for count in range(1, 1000):
+        path = parent / (name if count == 1 else f"{name}~{count}")
+        different = differences(path, recipe, data)
+        if not different:
+            return RunFolder(path, passed_over)
+        passed_over[path] = different
+    raise ValueError(f"{parent / name} and 999 more folders hold other runs: remove what is no longer needed")
+
+
+def differences(path: Path, recipe: Recipe, data: str) -> list[str]:
+    """What sets the run recorded in a folder apart from this one, a sentence each; none where nothing is recorded."""
+    file = Path(path) / "recipe.json"
+    if not file.exists():
+        return []
+    try:
+        kept = json.loads(file.read_text())
+        if kept["format"] != FORMAT:
+            return [f"its format is {kept['format']}, this version writes {FORMAT}"]
+        theirs, ours = kept["recipe"], json.loads(recipe.to_json())
+    except (ValueError, KeyError, TypeError) as error:
+        return [f"its recipe.json cannot be read ({error})"]
+    names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+    found = [f"its {name} is {theirs.get(name)!r}, now {ours.get(name)!r}" for name in names]
+    return found + (["its data (annotations or images) were others"] if kept["data"] != data else [])
+
+
+def begin(path: Path, recipe: Recipe, data: str) -> None:
+    """Record what a run is in its folder. Raises ValueError if the folder holds another run."""
+    different = differences(path, recipe, data)
+    if different:
+        raise ValueError(f"{path} holds another run: {'; '.join(different)}. Take another folder or remove it")
+    path.mkdir(parents=True, exist_ok=True)
+    kept = {"format": FORMAT, "data": data, "recipe": json.loads(recipe.to_json())}
+    write_text(path / "recipe.json", json.dumps(kept, indent=2))
+
+
+def finished(path: str | Path) -> bool:
+    """True when a run folder holds the result of a whole run: its weights and its metrics."""
+    return all((Path(path) / name).exists() for name in (WEIGHTS, "metrics.json", "recipe.json"))
+
+
+def load_run(path: str | Path) -> dict[str, Any]:
+    """What a run folder keeps: recipe, history, metrics, machine and queries (None where a file is absent)."""
+    path = Path(path)
+    kept = json.loads((path / "recipe.json").read_text())
+    read = {"recipe": read_recipe(kept["recipe"]), "data": kept["data"]}
+    for name in ("metrics", "machine"):
+        file = path / f"{name}.json"
+        read[name] = json.loads(file.read_text()) if file.exists() else None
+    for name in ("history", "queries"):
+        file = path / f"{name}.csv"
+        read[name] = pd.read_csv(file) if file.exists() else None
+    return read
+
+
+def collect(root: str | Path | None = None) -> DataFrame:
+    """Every finished run below the reports folder, a row each: dataset, run, the recipe's fields, the test scores."""
+    rows = []
+    for file in sorted(reports_root(root).glob("**/metrics.json")):
+        run = load_run(file.parent)
+        row = {"dataset": file.parent.parent.name, "run": file.parent.name, "path": str(file.parent)}
+        row |= {name: value for name, value in json.loads(run["recipe"].to_json()).items() if name != "dataset"}
+        for name, (value, low, high) in run["metrics"].get("text_to_image", {}).items():
+            row |= {name: value, f"{name}_low": low, f"{name}_high": high}
+        rows.append(row)
+    return DataFrame(rows)
+
+
+def beside_published(metrics: Mapping[str, Any], recipe: Recipe) -> DataFrame:
+    """Test scores of a run with their intervals, and the rows published for its data set, as text for the eye."""
+    names = {"text_to_image": "this run", "pretrained": "its CLIP before fine-tuning", "untrained": "random weights"}
+    measured = {label: metrics[name] for name, label in names.items() if name in metrics}
+    if "hard_negatives" in metrics:
+        measured["this run, people with a near-twin only"] = metrics["hard_negatives"]["text_to_image"]
+    table = readable(scores_table(measured))
+    if "ceiling_R1" in metrics:
+        table.loc["the best that the captions allow", "R1 (%)"] = f"{metrics['ceiling_R1']:.1f}"
+    rows = published()
+    for row in rows[(rows.table == "results") & (rows.dataset == recipe.dataset)].itertuples():
+        label = f"published: {row.method} ({row.source})"
+        table.loc[label] = [f"{getattr(row, column.split()[0]):.1f}" for column in table.columns]
+    return table.fillna("")
+
+
+def gains(metrics: Mapping[str, Any]) -> DataFrame:
+    """How much the trained model gains on the same captions over what it began from, paired, as text for the eye."""
+    names = {"gain_over_pretrained": "over its CLIP before fine-tuning", "gain_over_untrained": "over random weights"}
+    return readable(scores_table({label: metrics[name] for name, label in names.items() if name in metrics}))
+
+
+def mark_latest(path: Path) -> None:
+    """Point the link `latest` in the reports folder to a run."""
+    root = reports_root()
+    aside = root / f".latest.{os.getpid()}"
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(os.path.relpath(path, root))
+    os.replace(aside, root / "latest")
+
+
+def summary(path: str | Path) -> str:
+    """The test scores of a run folder in a few lines, and what lies in it."""
+    path = Path(path).resolve()
+    metrics = load_run(path)["metrics"]
+    lines = []
+    for name in ("text_to_image", "pretrained", "untrained"):
+        if name in metrics:
+            shown = [
+                f"{score} {value:.1f} [{low:.1f}, {high:.1f}]" for score, (value, low, high) in metrics[name].items()
+            ]
+            lines.append(f"{name.replace('_', ' '):>14}: {'  '.join(shown)}")
+    if "ceiling_R1" in metrics:
+        lines.append(f"{'ceiling':>14}: R1 {metrics['ceiling_R1']:.1f} (the best that the captions allow)")
+    marked = " (weights selected on test: not comparable)" if metrics["selected"]["on"] == "test" else ""
+    head = f"test, per cent with 95 % intervals{marked}" if lines else "no test split: nothing was scored"
+    return "\n".join([head, *lines, f"    run folder: {path}"])
+
+
+def published() -> DataFrame:
+    """The published results, ablations and transfer figures, each row with its source (published.csv)."""
+    with importlib.resources.files("irra_core").joinpath("published.csv").open(encoding="utf-8") as file:
+        return pd.read_csv(file)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: aside, flushed to the disk, then renamed."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def machine() -> dict[str, Any]:
+    """What can change a run's last digits or its speed: versions, device, threads."""
+    import torch
+
+    packages = ("irra-core", "torch", "open_clip_torch", "numpy", "pandas", "pillow")
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "platform": f"{sys.platform} {platform.machine()}",
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "cuda": torch.version.cuda if cuda else None,
+        "packages": {name: version(name) for name in packages},
+    }
+
+
+def _processor() -> str:
+    """The processor's model name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return found.group(1).strip() if found else platform.processor()

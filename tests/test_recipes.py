@@ -1,0 +1,173 @@
+"""Recipes: where each number comes from, and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import irra_core as irra
+from irra_core.recipes import LOSS_NAMES, PRESETS, RECIPES, Recipe, backbones, read_recipe
+
+
+def test_the_cuhk_recipe_carries_the_papers_numbers():
+    paper = irra.recipe("cuhk")
+    assert (paper.backbone, paper.pretrained) == ("ViT-B-16-quickgelu", "openai")
+    assert (paper.image_height, paper.image_width, paper.stride) == (384, 128, 16)
+    assert (paper.epochs, paper.warmup_epochs, paper.batch_size, paper.lr) == (60, 5, 64, 1e-5)
+    assert (paper.losses, paper.temperature, paper.interaction_depth) == ("sdm+id+mlm", 0.02, 4)
+    assert (paper.select_on, paper.mask_captions, paper.padding_attention) == ("val", False, False)
+
+
+def test_the_released_preset_sets_every_departure_and_nothing_else():
+    paper, released = irra.recipe("cuhk"), irra.recipe("cuhk", preset="released")
+    changed = {name for name in Recipe.__dataclass_fields__ if getattr(paper, name) != getattr(released, name)}
+    assert changed == {"preset", *PRESETS["released"]}
+    assert (released.adam_eps, released.select_on, released.precision) == (1e-3, "test", "fp16")
+
+
+def test_an_override_beats_preset_backbone_and_data_set():
+    made = irra.recipe("rstp", backbone="small", preset="released", adam_eps=1e-6, lr=3e-3)
+    assert (made.adam_eps, made.lr, made.image_height, made.pretrained) == (1e-6, 3e-3, 96, "general")
+    sources = made.sources()
+    assert (sources["lr"], sources["image_height"], sources["select_on"]) == ("given", "small CLIP", "preset released")
+
+
+def test_none_means_what_the_recipe_says_and_zero_is_a_value():
+    assert irra.recipe("cuhk", epochs=None, warmup_epochs=0).epochs == 60
+    assert irra.recipe("cuhk", warmup_epochs=0).warmup_epochs == 0
+
+
+def test_differences_name_what_was_asked_for_and_not_what_follows_from_it():
+    assert irra.recipe().differences() == {}
+    made = irra.recipe("rstp", backbone="small", pretrained="none", epochs=1)
+    assert made.differences() == {"backbone": "small", "pretrained": "none", "epochs": 1}
+
+
+def test_a_recipe_survives_json():
+    made = irra.recipe("icfg", losses="itc", seed=3)
+    assert read_recipe(json.loads(made.to_json())) == made
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "words"),
+    [
+        ({"datset": "rstp"}, ValueError, ["'datset'", "did you mean 'dataset'?", "temperature"]),
+        ({"dataset": "rtsp"}, ValueError, ["data set 'rtsp'", "did you mean 'rstp'?", "cuhk"]),
+        ({"dataset": "absent.json"}, ValueError, ["absent.json", "path of an annotation file"]),
+        ({"epochs": "five"}, TypeError, ["'epochs'", "'five'", "int"]),
+        ({"epochs": True}, TypeError, ["'epochs'", "True"]),
+        ({"epochs": 0}, ValueError, ["'epochs'", "0", "at least 1"]),
+        ({"lr": float("nan")}, ValueError, ["'lr'", "nan"]),
+        ({"mask_probability": 1.5}, ValueError, ["mask_probability", "at most 1.0"]),
+        ({"losses": "sdm+nosuch"}, ValueError, ["loss 'nosuch'", "sdm"]),
+        ({"losses": "sdm+sdm"}, ValueError, ["twice"]),
+        ({"losses": "id+mlm"}, ValueError, ["align nothing"]),
+        ({"losses": ""}, ValueError, ["loss ''"]),
+        ({"losses": "sdm", "interaction": "co"}, ValueError, ["no effect without mlm"]),
+        ({"backbone": "ViT-B-61"}, ValueError, ["'ViT-B-61'", "did you mean 'ViT-B-16'?"]),
+        ({"backbone": "ViT-B-16", "pretrained": "general"}, ValueError, ["general", "small CLIP"]),
+        ({"pretrained": "openai"}, ValueError, ["'openai'", "general", "none"]),
+        ({"interaction": "crss"}, ValueError, ["did you mean 'cross'?"]),
+        ({"select_on": "tset"}, ValueError, ["did you mean 'test'?"]),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_a_mistake_is_named_with_what_is_accepted(overrides, error, words):
+    with pytest.raises(error) as raised:
+        irra.recipe(**overrides)
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_smoke_shrinks_every_recipe(monkeypatch):
+    monkeypatch.setenv("IRRA_SMOKE", "1")
+    assert (irra.recipe("cuhk").identities, irra.recipe("cuhk").max_steps) == (24, 3)
+    assert irra.recipe(max_steps=2).max_steps == 2
+    monkeypatch.setenv("IRRA_SMOKE", "0")
+    assert irra.recipe("cuhk").max_steps is None
+
+
+def test_own_data_is_found_from_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "mine.json").write_text("[]")
+    monkeypatch.chdir(tmp_path)
+    assert irra.recipe("mine.json").backbone == "ViT-B-16-quickgelu"
+
+
+def test_the_names_known_without_torch_are_the_names_that_exist():
+    from irra_core.losses import LOSSES
+
+    assert set(LOSSES) == set(LOSS_NAMES)
+    import open_clip
+
+    assert set(open_clip.list_models()) <= set(backbones())
+
+
+def test_the_table_shows_every_field_and_escapes_it():
+    shown = irra.recipe("cuhk", epochs=7)._repr_html_()
+    assert all(f"<td>{name}</td>" in shown for name in Recipe.__dataclass_fields__)
+    assert "<td>7</td><td>given</td>" in shown
+
+
+@pytest.fixture
+def notebook(monkeypatch):
+    """A stand-in for the running kernel: call it with the cells that have run."""
+
+    def run(*cells):
+        shell = SimpleNamespace(user_ns={"In": ["", *cells]})
+        monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+        return irra.notebook_parameters
+
+    return run
+
+
+DECLARED = 'dataset: str = "synthetic"  # data set\nepochs: int = None  # epochs\nlr: float = 0.1\nmask: bool = False'
+
+
+def test_injected_values_replace_the_declared_ones(notebook):
+    read = notebook(DECLARED, '# Parameters\ndataset = "rstp"\nlr = 1\n', "import this")
+    assert read() == {"dataset": "rstp", "epochs": None, "lr": 1, "mask": False}
+    assert read(without=["mask", "lr"]) == {"dataset": "rstp", "epochs": None}
+
+
+def test_a_parameters_cell_run_again_forgets_what_was_injected_before(notebook):
+    assert notebook(DECLARED, "# Parameters\nepochs = 3\n", DECLARED)()["epochs"] is None
+
+
+@pytest.mark.parametrize(
+    ("injected", "error", "words"),
+    [
+        ('datset = "rstp"', ValueError, ["parameter 'datset'", "did you mean 'dataset'?"]),
+        ('epochs = "five"', TypeError, ["'epochs'", "'five'", "int"]),
+        ("epochs = 1.5", TypeError, ["'epochs'", "1.5"]),
+        ("mask = 1", TypeError, ["'mask'", "bool"]),
+        ("lr = True", TypeError, ["'lr'", "float"]),
+        ("dataset = 7", TypeError, ["'dataset'", "-r dataset 7"]),
+    ],
+)
+def test_an_injected_mistake_stops_the_notebook(notebook, injected, error, words):
+    with pytest.raises(error) as raised:
+        notebook(DECLARED, f"# Parameters\n{injected}\n")()
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_outside_a_notebook_there_are_no_parameters():
+    with pytest.raises(RuntimeError, match="reads the cells of a notebook"):
+        irra.notebook_parameters()
+
+
+def test_importing_the_package_and_making_a_recipe_leaves_torch_alone():
+    code = "import sys, irra_core as irra; irra.recipe('cuhk'); print('torch' in sys.modules, 'pandas' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.split() == ["False", "False"]
+
+
+def test_every_public_name_leads_somewhere():
+    assert all(getattr(irra, name) is not None for name in irra.__all__)
+    with pytest.raises(AttributeError, match="nosuch"):
+        irra.nosuch  # noqa: B018
+    assert set(RECIPES) >= {"synthetic", "cuhk", "icfg", "rstp"}
+    assert Path(irra.recipes.project_root(), "irra_core").is_dir()

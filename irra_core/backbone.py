@@ -1,0 +1,179 @@
+"""A backbone's name and a weights file → open_clip's CLIP for the recipe's image size and stride."""
+
+import json
+import math
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import open_clip
+import torch
+from jaxtyping import Float
+from open_clip.model import CLIP
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from irra_core.recipes import Recipe, project_root, unknown
+
+# The little CLIP of the synthetic recipe; its vocabulary and context are CLIP's.
+SMALL_CLIP = {
+    "embed_dim": 128,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": (96, 32), "layers": 3, "width": 128, "patch_size": 8, "head_width": 64},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 3},
+}
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+# Entries of CLIP files that are no weights of the encoders.
+_NOT_LEARNED = ("logit_scale", "logit_bias", "input_resolution", "context_length", "vocab_size", "attn_mask")
+
+
+def configuration(backbone: str) -> Mapping:
+    """open_clip's configuration of a backbone, or SMALL_CLIP. Raises ValueError for one that IRRA cannot use.
+
+    IRRA takes CLIP's vision transformer with its class token and CLIP's text encoder with its tokeniser.
+    """
+    config = SMALL_CLIP if backbone == "small" else open_clip.get_model_config(backbone)
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    words = text.get("context_length", 77), text.get("vocab_size", 49408), text.get("pool_type", "argmax")
+    reason = None
+    if "timm_model_name" in vision or not isinstance(vision["layers"], int):
+        reason = "its image encoder is not CLIP's vision transformer"
+    elif "hf_model_name" in text or words != (77, 49408, "argmax"):
+        reason = "its text encoder is not CLIP's (77 tokens of 49,408, causal, end token)"
+    elif "multimodal_cfg" in config or vision.get("pool_type", "tok") != "tok" or vision.get("attentional_pool"):
+        reason = "its global image feature is not a class token"
+    if reason:
+        raise ValueError(f"backbone {backbone!r} is not supported: {reason}; ViT-B-16-quickgelu is, for example")
+    return config
+
+
+def new_clip(config: Mapping, image_size: tuple[int, int], stride: int) -> CLIP:
+    """An open_clip CLIP with random weights for images of that height and width; patches overlap if stride < patch."""
+    (height, width), patch = image_size, config["vision_cfg"]["patch_size"]
+    if not stride <= patch <= min(height, width):
+        raise ValueError(f"stride {stride}, patch {patch}, image {height}×{width}: accepted is stride ≤ patch ≤ image")
+    vision = config["vision_cfg"] | {"image_size": tuple(image_size)}
+    clip = CLIP(config["embed_dim"], vision, config["text_cfg"], quick_gelu=config.get("quick_gelu", False))
+    visual = clip.visual
+    if stride != patch:
+        visual.conv1.stride = (stride, stride)
+        visual.grid_size = patch_grid(image_size, patch, stride)
+        scale, dim = visual.positional_embedding.shape[1] ** -0.5, visual.positional_embedding.shape[1]
+        visual.positional_embedding = nn.Parameter(scale * torch.randn(math.prod(visual.grid_size) + 1, dim))
+    scale = clip.logit_scale.detach()
+    del clip.logit_scale  # the temperature is the recipe's, not learned: no optimiser may see it
+    clip.register_buffer("logit_scale", scale)
+    return clip
+
+
+def patch_grid(image_size: tuple[int, int], patch: int, stride: int) -> tuple[int, int]:
+    """Rows and columns of the patches of an image."""
+    return (image_size[0] - patch) // stride + 1, (image_size[1] - patch) // stride + 1
+
+
+def resize_positions(
+    embedding: Float[Tensor, "positions dim"], rows: int, cols: int, source: tuple[int, int] | None = None
+) -> Float[Tensor, "resized dim"]:
+    """Position embeddings, class token first, of a rows × cols grid: bilinear, no corner alignment, no antialias.
+
+    `source` is the grid they come from; without it they are taken for that grid if as many, else for a square one.
+    Source: released model, which resizes CLIP's 14×14 to 24×8.
+    """
+    count = len(embedding) - 1
+    side = math.isqrt(count)
+    if source is None:
+        source = (rows, cols) if count == rows * cols else (side, side)
+    if math.prod(source) != count:
+        raise ValueError(f"{count} patch positions are no {source[0]}×{source[1]} grid: they fit no {rows}×{cols} grid")
+    if source == (rows, cols):
+        return embedding
+    grid = embedding[1:].T.reshape(1, -1, *source)
+    grid = F.interpolate(grid, (rows, cols), mode="bilinear", align_corners=False, antialias=False)
+    return torch.cat([embedding[:1], grid.flatten(2)[0].T])
+
+
+def download(backbone: str, tag: str) -> Path:
+    """The file of an open_clip tag, in open_clip's own cache."""
+    source = open_clip.get_pretrained_cfg(backbone, tag)
+    if not source:
+        raise unknown(f"pretrained (a tag of {backbone})", tag, open_clip.list_pretrained_tags_by_model(backbone))
+    if source.get("quick_gelu", False) != open_clip.get_model_config(backbone).get("quick_gelu", False):
+        other = backbone.removesuffix("-quickgelu") if backbone.endswith("-quickgelu") else f"{backbone}-quickgelu"
+        raise ValueError(f"pretrained {tag!r} has another activation than backbone {backbone!r}: take {other!r}")
+    try:
+        return Path(open_clip.download_pretrained(source))
+    except Exception as error:
+        place = source.get("hf_hub", "").rstrip("/") or source["url"]
+        name = "open_clip_model.safetensors" if source.get("hf_hub") else source["url"].rsplit("/", 1)[1]
+        raise FileNotFoundError(
+            f"pretrained {tag!r} of {backbone} could not be downloaded ({type(error).__name__}: {error}). On a machine "
+            f"with network, get {name} from {place}, put it into {project_root() / 'data' / name} and give its path: "
+            f"-p pretrained data/{name}; or take pretrained 'none', random weights"
+        ) from error
+
+
+def read_weights(path: str | Path) -> tuple[dict, dict[str, str]]:
+    """What a weights file holds, and its metadata (safetensors only). It cannot run code while it is read."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"weights file {path} is not there")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        return torch.load(path, map_location="cpu", weights_only=True), {}
+    except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(
+            f"{path} ({path.stat().st_size:,} bytes) is not a weights file that can be read without running code: "
+            f"{str(error).splitlines()[0]}. Copy it again, or, if it comes from a source you trust, convert it: "
+            f"torch.save(torch.jit.load(path).state_dict(), 'converted.pt') for a TorchScript file such as ViT-B-16.pt"
+        ) from error
+
+
+def load_clip_weights(clip: CLIP, path: str | Path) -> None:
+    """Fill both encoders from a file of CLIP weights, position embeddings resized to the model's grid.
+
+    The file holds a state dict, or has it under `state_dict` or `model`; names may begin with module., clip., text. or
+    base_model., as in checkpoints of this library and of the released code. Raises ValueError naming each tensor that
+    is missing, left over or misshapen.
+    """
+    content, metadata = read_weights(path)
+    tensors = _clip_tensors(content)
+    if (name := "visual.positional_embedding") in tensors:
+        source = None
+        if "recipe" in metadata:
+            made = Recipe(**json.loads(metadata["recipe"]))
+            patch = clip.visual.conv1.kernel_size[0]
+            source = patch_grid((made.image_height, made.image_width), patch, made.stride)
+        tensors[name] = resize_positions(tensors[name].float(), *clip.visual.grid_size, source)
+    fill(clip, tensors, f"weights file {path}")
+
+
+def _clip_tensors(content: Mapping) -> dict[str, Tensor]:
+    """The two encoders' tensors of a weights file under open_clip's names."""
+    for name in ("state_dict", "model"):
+        content = content[name] if isinstance(content.get(name), Mapping) else content
+    content = {name.removeprefix("module."): tensor for name, tensor in content.items()}
+    for prefix in ("clip.", "base_model."):
+        inner = {name.removeprefix(prefix): value for name, value in content.items() if name.startswith(prefix)}
+        content = inner or content
+    return {name.removeprefix("text."): value for name, value in content.items() if name not in _NOT_LEARNED}
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Copy tensors into a module by name. Raises ValueError naming each one missing, left over or misshapen."""
+    wanted = {name: value for name, value in module.state_dict().items() if name.split(".")[-1] not in _NOT_LEARNED}
+    complaints = [f"{name} is missing" for name in wanted if name not in tensors]
+    complaints += [f"{name} is left over" for name in tensors if name not in wanted]
+    complaints += [
+        f"{name} is {tuple(tensors[name].shape)}, wanted {tuple(value.shape)}"
+        for name, value in wanted.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    if complaints:
+        more = f" and {len(complaints) - 12} more" if len(complaints) > 12 else ""
+        raise ValueError(f"{where} does not fit the model: {'; '.join(complaints[:12])}{more}")
+    with torch.no_grad():
+        for name, value in wanted.items():
+            value.copy_(tensors[name])

@@ -1,0 +1,204 @@
+"""Text tokens and image tokens → one state a word that has seen the image: three interaction encoders."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from open_clip.transformer import QuickGELU, ResidualAttentionBlock
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from irra_core.recipes import unknown
+
+
+def build_interaction(kind: str, width: int, depth: int) -> nn.Module:
+    """A `cross`, `co` or `merged` interaction encoder with seeded-by-the-caller weights.
+
+    Called as encoder(words [B, L, D], patches [B, N, D], real [B, L] | None, at [B, K] | None, record | None) it gives
+    the words' states [B, L, D]. Keys where `real` is False are not attended to; `at` names the only positions that
+    are wanted and makes the result [B, K, D]; to the list `record` each image-facing layer appends its attention
+    [B, heads, L, N]. Parameters at width 512 and depth 4: 13.66 M, 33.63 M and 12.61 M.
+    """
+    kinds = {"cross": CrossEncoder, "co": CoEncoder, "merged": MergedEncoder}
+    if kind not in kinds:
+        raise unknown("interaction", kind, kinds)
+    encoder = kinds[kind](width, depth)
+    _initialise(encoder, width, depth)
+    return encoder
+
+
+class CrossEncoder(nn.Module):
+    """The paper's: each word attends to the image once, then the words go through transformer blocks."""
+
+    def __init__(self, width: int, depth: int):
+        super().__init__()
+        self.ln_text, self.ln_image, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, max(width // 64, 1), batch_first=True)
+        self.blocks = nn.ModuleList(_block(width) for _ in range(depth))
+
+    def forward(
+        self,
+        words: Float[Tensor, "batch length dim"],
+        patches: Float[Tensor, "batch tokens dim"],
+        real: Bool[Tensor, "batch length"] | None = None,
+        at: Int[Tensor, "batch wanted"] | None = None,
+        record: list[Tensor] | None = None,
+    ) -> Float[Tensor, "batch states dim"]:
+        states = attend(self.attention, norm(self.ln_text, words), norm(self.ln_image, patches), record=record)
+        mask = None if real is None else real[:, None, None]
+        for block in self.blocks[:-1]:
+            states = run_block(block, states, mask)
+        return norm(self.ln_post, run_block(self.blocks[-1], states, mask, at=at))
+
+
+class MergedEncoder(nn.Module):
+    """Transformer blocks over the words and the image tokens joined in one sequence, words first."""
+
+    def __init__(self, width: int, depth: int):
+        super().__init__()
+        self.blocks = nn.ModuleList(_block(width) for _ in range(depth))
+        self.ln_post = nn.LayerNorm(width)
+
+    def forward(
+        self,
+        words: Float[Tensor, "batch length dim"],
+        patches: Float[Tensor, "batch tokens dim"],
+        real: Bool[Tensor, "batch length"] | None = None,
+        at: Int[Tensor, "batch wanted"] | None = None,
+        record: list[Tensor] | None = None,
+    ) -> Float[Tensor, "batch states dim"]:
+        length = words.shape[1]
+        states = torch.cat([words, patches], dim=1)
+        mask = None if real is None else F.pad(real, (0, patches.shape[1]), value=True)[:, None, None]
+        weights: list[Tensor] | None = None if record is None else []
+        for block in self.blocks[:-1]:
+            states = run_block(block, states, mask, record=weights)
+        if at is None:
+            at = torch.arange(length, device=words.device).expand(len(words), -1)
+        states = run_block(self.blocks[-1], states, mask, at=at, record=weights)
+        if record is not None:
+            record += [layer[:, :, :length, length:] for layer in weights]
+        return norm(self.ln_post, states)
+
+
+class CoEncoder(nn.Module):
+    """Two streams, words and image, which attend to themselves and then to each other in every layer."""
+
+    def __init__(self, width: int, depth: int):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"text": _Stream(width), "image": _Stream(width)}) for _ in range(depth)
+        )
+        self.ln_post = nn.LayerNorm(width)
+
+    def forward(
+        self,
+        words: Float[Tensor, "batch length dim"],
+        patches: Float[Tensor, "batch tokens dim"],
+        real: Bool[Tensor, "batch length"] | None = None,
+        at: Int[Tensor, "batch wanted"] | None = None,
+        record: list[Tensor] | None = None,
+    ) -> Float[Tensor, "batch states dim"]:
+        mask = None if real is None else real[:, None, None]
+        for streams in self.blocks:
+            text, image = streams["text"], streams["image"]
+            words, patches = text.look_inward(words, mask), image.look_inward(patches)
+            seen_words, seen_patches = norm(text.ln_2, words), norm(image.ln_2, patches)
+            words = text.look_across(words, seen_words, seen_patches, record=record)
+            patches = image.look_across(patches, seen_patches, seen_words, mask)
+        return norm(self.ln_post, words if at is None else pick(words, at))
+
+
+class _Stream(nn.Module):
+    """One side of a co-attention layer: self-attention, cross-attention and feed-forward, each after a LayerNorm."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        block = _block(width)
+        self.ln_1, self.attn, self.ln_3, self.mlp = block.ln_1, block.attn, block.ln_2, block.mlp
+        self.ln_2, self.cross = nn.LayerNorm(width), nn.MultiheadAttention(width, max(width // 64, 1), batch_first=True)
+
+    def look_inward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        return tokens + attend(self.attn, norm(self.ln_1, tokens), mask=mask)
+
+    def look_across(self, tokens: Tensor, seen: Tensor, other: Tensor, mask=None, record=None) -> Tensor:
+        tokens = tokens + attend(self.cross, seen, other, mask, record=record)
+        return tokens + feed_forward(self.mlp, norm(self.ln_3, tokens))
+
+
+def _block(width: int) -> ResidualAttentionBlock:
+    """A pre-norm transformer block of CLIP's kind: heads of width 64, QuickGELU."""
+    return ResidualAttentionBlock(width, max(width // 64, 1), act_layer=QuickGELU)
+
+
+def _initialise(encoder: nn.Module, width: int, depth: int) -> None:
+    """Released: attention in d^-½, every projection back d^-½(2n)^-½, feed-forward in (2d)^-½; biases as torch has."""
+    back = width**-0.5 * (2 * depth) ** -0.5
+    for module in encoder.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            nn.init.normal_(module.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(module.out_proj.weight, std=back)
+        elif hasattr(module, "c_fc"):
+            nn.init.normal_(module.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(module.c_proj.weight, std=back)
+
+
+def run_block(
+    block: ResidualAttentionBlock,
+    tokens: Float[Tensor, "batch length dim"],
+    mask: Bool[Tensor, "batch 1 queries length"] | None = None,
+    causal: bool = False,
+    at: Int[Tensor, "batch wanted"] | None = None,
+    record: list[Tensor] | None = None,
+) -> Float[Tensor, "batch states dim"]:
+    """The tokens after a block of open_clip's; with `at`, only the tokens at those positions (all are attended to)."""
+    context = norm(block.ln_1, tokens)
+    if at is None:
+        states = tokens + block.ls_1(attend(block.attn, context, mask=mask, causal=causal, record=record))
+    else:
+        if causal:
+            mask = (torch.arange(tokens.shape[1], device=tokens.device) <= at[..., None])[:, None]
+        chosen = attend(block.attn, pick(context, at), context, mask, record=record)
+        states = pick(tokens, at) + block.ls_1(chosen)
+    return states + block.ls_2(feed_forward(block.mlp, norm(block.ln_2, states)))
+
+
+def attend(
+    layer: nn.MultiheadAttention,
+    query: Float[Tensor, "batch queries dim"],
+    context: Float[Tensor, "batch keys dim"] | None = None,
+    mask: Bool[Tensor, "batch 1 #queries keys"] | None = None,
+    causal: bool = False,
+    record: list[Tensor] | None = None,
+) -> Float[Tensor, "batch queries dim"]:
+    """Multi-head attention of the query to the context (to itself without one), True in `mask` = attended to."""
+    weight, bias, width, heads = layer.in_proj_weight, layer.in_proj_bias, layer.embed_dim, layer.num_heads
+    if context is None:
+        q, k, v = F.linear(query, weight, bias).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    else:
+        q = F.linear(query, weight[:width], bias[:width]).unflatten(-1, (heads, -1)).transpose(1, 2)
+        k, v = F.linear(context, weight[width:], bias[width:]).unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
+    if record is None:
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    else:
+        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        shares = (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).softmax(-1)
+        record.append(shares)
+        found = shares @ v
+    return layer.out_proj(found.transpose(1, 2).flatten(2))
+
+
+def feed_forward(mlp: nn.Sequential, tokens: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+    """The two linear layers of a block with its activation between them."""
+    return mlp(tokens)
+
+
+def norm(layer: nn.LayerNorm, tokens: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+    """LayerNorm in its own weights' precision, the result in that of the tokens (fp16 models keep it in fp32)."""
+    weight = layer.weight
+    return F.layer_norm(tokens.to(weight.dtype), layer.normalized_shape, weight, layer.bias, layer.eps).to(tokens.dtype)
+
+
+def pick(
+    tokens: Float[Tensor, "batch length dim"], at: Int[Tensor, "batch wanted"]
+) -> Float[Tensor, "batch wanted dim"]:
+    """The tokens at the given positions of each row."""
+    return tokens.gather(1, at[..., None].expand(-1, -1, tokens.shape[-1]))

@@ -1,12 +1,51 @@
-"""What every test has: no folder of the user's is touched."""
+"""What the tests share: folders of their own, and a data set of a few coloured people."""
 
+import numpy as np
 import pytest
+from pandas import DataFrame
+from PIL import Image
+
+import irra_core as irra
+
+COLOURS = {
+    "red": (200, 30, 30),
+    "green": (30, 160, 50),
+    "blue": (40, 60, 200),
+    "yellow": (220, 200, 40),
+    "white": (235, 235, 235),
+    "black": (25, 25, 25),
+}
 
 
 @pytest.fixture(autouse=True)
 def _own_folders(tmp_path_factory, monkeypatch):
-    """Data, reports and cache of each test session lie in a temporary folder; nobody's settings reach a test."""
+    """Data, reports and cache of a test session lie in its temporary folder; nobody's settings reach a test."""
     base = tmp_path_factory.getbasetemp()
     for name in ("data", "reports", "cache"):
         monkeypatch.setenv(f"IRRA_{name.upper()}", str(base / name))
     monkeypatch.delenv("IRRA_SMOKE", raising=False)
+
+
+@pytest.fixture(scope="session")
+def annotations(tmp_path_factory) -> DataFrame:
+    """18 people in two plain colours, two photos each, a caption a photo: 10 train, 4 val, 4 test."""
+    folder = tmp_path_factory.mktemp("people")
+    noise, names, rows = np.random.default_rng(0), list(COLOURS), []
+    for pid in range(18):
+        upper, lower = names[pid % 6], names[(pid // 6 + pid + 1) % 6]
+        for view in range(2):
+            pixels = np.full((96, 32, 3), 120, dtype=np.int64)
+            pixels[15:50, 6:26], pixels[50:90, 8:24] = COLOURS[upper], COLOURS[lower]
+            pixels += noise.integers(-20, 20, pixels.shape)
+            path = folder / f"{pid:02}-{view}.png"
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
+            split = "train" if pid < 10 else "val" if pid < 14 else "test"
+            caption = f"a person in a {upper} shirt and {lower} trousers, photo {'one' if view else 'two'}"
+            rows.append((pid, len(rows), str(path), caption, split))
+    return DataFrame(rows, columns=["pid", "image_id", "path", "caption", "split"])
+
+
+@pytest.fixture
+def tiny() -> irra.Recipe:
+    """The little CLIP from random weights: 5 steps of 8 pairs, 3 evaluations, the first inside an epoch."""
+    return irra.recipe(pretrained="none", batch_size=8, epochs=2, max_steps=5, evaluate_every=2, erase_probability=0.2)

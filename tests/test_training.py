@@ -1,0 +1,230 @@
+"""Training: the released optimiser and schedule, resuming bit for bit, selection, and what a run leaves."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import irra_core as irra
+from irra_core import runs, training
+from irra_core.annotations import hold_out
+from irra_core.losses import total_loss
+from irra_core.training import build_optimiser, half_weights, learning_rate, pretrained_general, train
+
+REFERENCE = Path(__file__).parent / "reference"
+
+
+def test_the_learning_rate_of_every_epoch_is_the_released_one():
+    recipe = irra.recipe("cuhk")
+    ours = [learning_rate(epoch, recipe) for epoch in range(60)]
+    assert ours == pytest.approx(np.load(REFERENCE / "irra_reference.npz")["lr_cosine60"], rel=1e-9)
+
+
+def test_every_parameter_has_the_released_learning_rate_and_decay_in_four_groups():
+    expected = json.loads((REFERENCE / "irra_reference.json").read_text())["groups"]
+    model = irra.load_official(REFERENCE / "irra_tiny.pth", (64, 32), 16)
+    optimiser = build_optimiser(model, irra.recipe("cuhk", preset="released"))
+    ours = {}
+    for group in optimiser.param_groups:
+        for parameter in group["params"]:
+            ours[parameter] = [group["lr"], group["weight_decay"], group["eps"], list(group["betas"])]
+    names = official_names(model)
+    assert {names[name] for name, _ in model.named_parameters()} == set(expected)
+    for name, parameter in model.named_parameters():
+        assert ours[parameter] == pytest.approx(expected[names[name]]), name
+    assert len(optimiser.param_groups) == 4
+
+
+def official_names(model):
+    """Our parameter's name → the released file's, through what save_official would write."""
+    from irra_core.checkpoints import official_name
+
+    return {name: official_name(name) for name, _ in model.named_parameters()}
+
+
+def test_twenty_steps_follow_the_released_losses():
+    given = np.load(REFERENCE / "irra_reference.npz")
+    model = irra.load_official(REFERENCE / "irra_tiny.pth", (64, 32), 16)
+    recipe = irra.recipe("cuhk", preset="released", lr=1e-3, precision="fp32")
+    optimiser = build_optimiser(model, recipe)
+    names = ("images", "caption_ids", "mlm_ids", "mlm_labels", "pids")
+    batches = [[torch.from_numpy(given[f"traj_{name}"][index]) for name in names] for index in range(4)]
+    for step, expected in enumerate(given["traj_losses"]):
+        *batch, pids = batches[step % 4]
+        parts = total_loss(model(*batch), pids, recipe)
+        assert [parts[name].item() for name in ("sdm", "id", "mlm")] == pytest.approx(expected, rel=0.01), step
+        optimiser.zero_grad()
+        sum(parts.values()).backward()
+        optimiser.step()
+
+
+def weights(folder):
+    return load_file(folder / runs.WEIGHTS)
+
+
+def test_an_interrupted_run_ends_bit_for_bit_where_the_whole_run_does(tiny, annotations, tmp_path):
+    whole = list(train(tiny, annotations, tmp_path / "whole"))
+    first = next(train(tiny, annotations, tmp_path / "cut"))  # dropping the generator is the interruption
+    rest = list(train(tiny, annotations, tmp_path / "cut"))
+    assert len(whole) == 3
+    assert [first, *rest] == whole
+    expected, got = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    for name in ("history.csv", "metrics.json", "queries.csv", "recipe.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, annotations):
+    """A finished run's folder and its recipe."""
+    recipe = irra.recipe(pretrained="none", batch_size=8, max_steps=2, epochs=1, losses="sdm+id+mlm")
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    return folder, recipe, list(train(recipe, annotations, folder))
+
+
+def test_a_finished_run_is_loaded_and_not_repeated(finished, annotations, monkeypatch):
+    folder, recipe, history = finished
+    monkeypatch.setattr(training, "_Run", None)  # whoever trains again, fails
+    again = list(train(recipe, annotations, folder))
+    assert [row["step"] for row in again] == [row["step"] for row in history]
+    assert again[-1]["loss"] == pytest.approx(history[-1]["loss"], rel=1e-12)
+
+
+def test_a_run_folder_keeps_what_a_reader_needs(finished, annotations):
+    folder, recipe, _ = finished
+    kept = runs.load_run(folder)
+    assert kept["recipe"] == recipe
+    metrics, test = kept["metrics"], annotations[annotations.split == "test"]
+    assert (metrics["queries"], metrics["images"], metrics["identities"]) == (len(test), 8, 4)
+    for direction in ("text_to_image", "image_to_text"):
+        for value, low, high in metrics[direction].values():
+            assert 0 <= low <= value <= high <= 100
+    assert set(metrics["untrained"]) == {"R1", "R5", "R10", "mAP", "mINP"}
+    assert kept["machine"]["threads"] == torch.get_num_threads()
+    assert not (folder / runs.STATE).exists()
+    assert "caption" not in kept["queries"]
+
+
+def test_the_scores_are_those_of_a_ranking_made_by_hand(finished, annotations):
+    folder, _, _ = finished
+    model, recipe = irra.load_checkpoint(folder / runs.WEIGHTS)
+    test = annotations[annotations.split == "test"].reset_index(drop=True)
+    photos = test.drop_duplicates("image_id")
+    with torch.inference_mode():
+        image = model.eval().encode_image(irra.load_images(photos.path, recipe))
+        text = model.encode_text(irra.tokenize(list(test.caption)))
+    similarity = torch.nn.functional.cosine_similarity(text[:, None], image[None], dim=2)
+    hits = [photos.pid.iloc[int(row.argmax())] == pid for row, pid in zip(similarity, test.pid, strict=True)]
+    assert runs.load_run(folder)["metrics"]["text_to_image"]["R1"][0] == pytest.approx(100 * np.mean(hits))
+
+
+def test_test_is_read_once_and_only_at_the_end(tiny, annotations, tmp_path, monkeypatch):
+    splits = []
+    real = training.evaluate
+    monkeypatch.setattr(training, "evaluate", lambda *a, **k: splits.append(a[2]) or real(*a, **k))
+    history = list(train(tiny, annotations, tmp_path / "val"))
+    assert splits == ["val"] * len(history) + ["test", "test"]  # the trained and the untrained model
+    splits.clear()
+    list(train(tiny.replace(select_on="test"), annotations, tmp_path / "test"))
+    assert splits == ["test"] * (len(history) + 2)
+    assert runs.load_run(tmp_path / "test")["metrics"]["selected"]["on"] == "test"
+    assert "not comparable" in runs.summary(tmp_path / "test")
+
+
+def test_the_kept_weights_are_those_of_the_best_evaluation(annotations, tmp_path, tiny):
+    scripted = iter([10.0, 30.0, 20.0])
+    real = training.scores
+
+    class Scripted(training._Run):
+        def evaluation_row(self, losses):
+            value = next(scripted)
+            training.scores = lambda queries: dict.fromkeys(real(queries), (value, 0.0, 0.0))
+            return super().evaluation_row(losses)
+
+    original, training._Run = training._Run, Scripted
+    try:
+        list(train(tiny, annotations, tmp_path / "run"))
+    finally:
+        training._Run, training.scores = original, real
+    assert runs.load_run(tmp_path / "run")["metrics"]["selected"]["step"] == 4
+
+
+def test_without_a_val_split_train_people_are_held_out_and_test_untouched(annotations, tmp_path, tiny):
+    without = (
+        annotations[annotations.split != "val"]
+        .assign(image_id=lambda table: pd.factorize(table.image_id)[0])
+        .reset_index(drop=True)
+    )
+    history = list(train(tiny, without, tmp_path / "run"))
+    assert "val_R1" in history[-1]
+    assert (hold_out(without).split == "val").sum() == 4  # two people with two captions
+    assert runs.load_run(tmp_path / "run")["metrics"]["queries"] == 8
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_part(tiny, annotations, tmp_path, monkeypatch):
+    real = training.total_loss
+
+    def broken(*args, **kwargs):
+        parts = real(*args, **kwargs)
+        return parts | {"mlm": parts["mlm"] * float("nan")}
+
+    monkeypatch.setattr(training, "total_loss", broken)
+    with pytest.raises(FloatingPointError, match=r"step 2 .*'mlm': nan.*lr"):
+        list(train(tiny, annotations, tmp_path / "run"))
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_a_folder_of_another_run_is_refused_and_passed_over(finished, annotations):
+    folder, recipe, _ = finished
+    other = recipe.replace(seed=5)
+    with pytest.raises(ValueError, match="its seed is 0, now 5"):
+        next(train(other, annotations, folder))
+    changed = annotations.assign(caption=annotations.caption + ".")
+    with pytest.raises(ValueError, match="its data"):
+        next(train(recipe, changed, folder))
+
+
+def test_every_combination_of_losses_trains(annotations, tmp_path, tiny):
+    for losses in ("itc", "cmpm+cmpc", "tal+id", "sdm+mlm", "cmpm+id+mlm"):
+        recipe = tiny.replace(losses=losses, max_steps=1, select_on="last")
+        (row,) = train(recipe, annotations, tmp_path / losses)
+        assert row["loss"] == pytest.approx(sum(row[name] for name in recipe.loss_names))
+        assert row["loss"] > 0
+
+
+def test_masked_captions_change_what_the_aligning_loss_sees(annotations, tmp_path, tiny):
+    rows = {}
+    for switch in (False, True):
+        recipe = tiny.replace(max_steps=1, mask_captions=switch, select_on="last", mask_probability=0.9)
+        (rows[switch],) = train(recipe, annotations, tmp_path / str(switch))
+    assert rows[True]["sdm"] != rows[False]["sdm"]
+    assert rows[True]["mlm"] == pytest.approx(rows[False]["mlm"], rel=1e-5)
+
+
+def test_half_weights_leave_norms_and_embeddings_in_full_precision(annotations, tmp_path, tiny):
+    recipe = tiny.replace(precision="fp16", max_steps=2, select_on="last", adam_eps=1e-3)
+    model = half_weights(irra.build_model(recipe, 3))
+    halves = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float16}
+    assert "clip.visual.conv1.weight" in halves
+    assert not any("ln_" in name or "embedding" in name for name in halves)
+    (row,) = train(recipe, annotations, tmp_path / "run")
+    assert np.isfinite(row["loss"])
+
+
+def test_the_general_weights_are_made_once_and_begin_a_run(monkeypatch, annotations, tmp_path):
+    monkeypatch.setenv("IRRA_SMOKE", "1")
+    monkeypatch.setenv("IRRA_CACHE", str(tmp_path / "cache"))
+    made = pretrained_general()
+    time = made.stat().st_mtime_ns
+    assert pretrained_general() == made
+    assert made.stat().st_mtime_ns == time
+    recipe = irra.recipe(batch_size=8)
+    model = irra.build_model(recipe, 3, weights=made)
+    assert torch.equal(model.clip.text_projection, load_file(made)["clip.text_projection"])
+    list(train(recipe, annotations, tmp_path / "run"))
+    metrics = runs.load_run(tmp_path / "run")["metrics"]
+    assert metrics["pretrained"] != metrics["untrained"]

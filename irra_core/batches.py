@@ -1,0 +1,135 @@
+"""Table + array + seed + step → the batch of that step (so a run can resume at any step)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from pandas import DataFrame
+from torch import Tensor
+
+from irra_core.images import augment, draw_augmentation
+from irra_core.recipes import Recipe
+from irra_core.text import mask_tokens, trim
+
+ORDER, MASKS, AUGMENTATION = range(3)  # what is drawn: each has random numbers of its own
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The pairs of one step, on the device, or one process's part of them.
+
+    `images` are augmented and normalised. `tokens` are the captions, `masked_tokens` the same with words masked and
+    `labels` the ids of the words to predict, 0 elsewhere. `pids` count the identities from 0, as `Batches.classes`
+    lists them; `rows` are places in the train table.
+    """
+
+    images: Float[Tensor, "b 3 h w"]
+    tokens: Int[Tensor, "b length"]
+    masked_tokens: Int[Tensor, "b masked_length"]
+    labels: Int[Tensor, "b masked_length"]
+    pids: Int[Tensor, " b"]
+    rows: Int[Tensor, " b"]
+
+
+class Batches:
+    """The batches of a run: `at(step)` depends on nothing but the arguments given here and the step.
+
+    `train` has one row a caption and `tokens` its token ids, row by row; `pixels` are the decoded images of the whole
+    data set, by `image_id`, in memory, memory-mapped, or already on the device. `classes` are the sorted pids.
+    """
+
+    def __init__(
+        self,
+        train: DataFrame,
+        pixels: UInt8[np.ndarray, "n 3 h w"] | UInt8[Tensor, "n 3 h w"],
+        tokens: Int[Tensor, "captions length"],
+        recipe: Recipe,
+        device: str | torch.device = "cpu",
+    ):
+        self.pixels, self.tokens, self.recipe, self.device = pixels, tokens, recipe, torch.device(device)
+        self.classes, classes = np.unique(train.pid.to_numpy(), return_inverse=True)
+        self.pids = torch.from_numpy(classes)
+        self.images = torch.from_numpy(train.image_id.to_numpy(dtype=np.int64, copy=True))
+        self._check()
+        self._shuffled = (-1, self.images)  # the last epoch asked for and its order
+
+    def _check(self) -> None:
+        """Raise ValueError unless table, images, tokens and recipe belong together."""
+        rows, height, width = len(self.images), self.recipe.image_height, self.recipe.image_width
+        if not rows:
+            raise ValueError("the train split has no rows: there is nothing to learn from")
+        if len(self.tokens) != rows:
+            raise ValueError(f"tokens has {len(self.tokens)} rows, the table {rows}: tokenise the table's captions")
+        if not 0 <= int(self.images.min()) <= int(self.images.max()) < len(self.pixels):
+            raise ValueError(
+                f"the table's image_id reaches from {int(self.images.min())} to {int(self.images.max())}, pixels holds "
+                f"{len(self.pixels)} images: give the image array of the whole data set"
+            )
+        if tuple(self.pixels.shape[2:]) != (height, width):
+            found = "×".join(map(str, self.pixels.shape[2:]))
+            raise ValueError(f"pixels are {found}, the recipe says {height}×{width}: decode them in the recipe's size")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in which every caption comes once; the last may be short."""
+        return -(-len(self.images) // self.recipe.batch_size)
+
+    def at(self, step: int, process: int = 0, processes: int = 1) -> Batch:
+        """The batch of a step, counted from 0 over all epochs, or the part of it that is one process's.
+
+        The parts, in the order of the processes, are the whole batch; they differ by at most one row, so those of a
+        batch with fewer rows than processes may be empty.
+        """
+        if step < 0 or not 0 <= process < processes:
+            accepted = "steps count from 0, processes from 0 to the number of processes - 1"
+            raise ValueError(f"step {step}, process {process} of {processes}: {accepted}")
+        recipe, rows = self.recipe, self._rows(step)
+        tokens, masked, labels = self._captions(rows, step)
+        augmentation = draw_augmentation(len(rows), recipe, self._generator(AUGMENTATION, step))
+        part = slice(len(rows) * process // processes, len(rows) * (process + 1) // processes)
+        rows = rows[part]
+        return Batch(
+            images=augment(self._pixels(self.images[rows]), augmentation.part(part), recipe),
+            tokens=self._moved(tokens[part]),
+            masked_tokens=self._moved(masked[part]),
+            labels=self._moved(labels[part]),
+            pids=self._moved(self.pids[rows]),
+            rows=self._moved(rows),
+        )
+
+    def _captions(
+        self, rows: Int[Tensor, " b"], step: int
+    ) -> tuple[Int[Tensor, "b length"], Int[Tensor, "b masked_length"], Int[Tensor, "b masked_length"]]:
+        """Captions, masked captions and labels, cut to the longest caption of the whole batch.
+
+        With `padding_attention` the masked captions keep their padding, which the interaction encoder then sees.
+        """
+        tokens = self.tokens[rows]
+        masked, labels = mask_tokens(tokens, self._generator(MASKS, step), self.recipe.mask_probability)
+        short, short_masked, short_labels = trim(tokens, masked, labels)
+        captions = short_masked if self.recipe.mask_captions else short
+        return (captions, masked, labels) if self.recipe.padding_attention else (captions, short_masked, short_labels)
+
+    def _pixels(self, images: Int[Tensor, " b"]) -> UInt8[Tensor, "b 3 h w"]:
+        """The decoded images, on the device."""
+        if isinstance(self.pixels, Tensor):
+            return self._moved(self.pixels[images.to(self.pixels.device)])
+        return self._moved(torch.from_numpy(self.pixels[images.numpy()]))
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+    def _rows(self, step: int) -> Int[Tensor, " b"]:
+        """The rows of the train table that a step learns from."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        shuffled, order = self._shuffled
+        if epoch != shuffled:
+            order = torch.randperm(len(self.images), generator=self._generator(ORDER, epoch))
+            self._shuffled = (epoch, order)
+        return order[index * self.recipe.batch_size :][: self.recipe.batch_size]
+
+    def _generator(self, kind: int, count: int) -> torch.Generator:
+        """Random numbers of their own for the order of an epoch, or the masks or augmentation of a step."""
+        seed = np.random.SeedSequence((self.recipe.seed, kind, count)).generate_state(1, np.uint64)[0]
+        return torch.Generator().manual_seed(int(seed))

@@ -1,0 +1,351 @@
+"""Image files → one memory-mapped `uint8` array, decoded once; a `uint8` batch → an augmented, normalised batch."""
+
+import errno
+import fcntl
+import functools
+import hashlib
+import json
+import math
+import os
+import shutil
+import stat
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import PIL
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, UInt8
+from PIL import Image
+from torch import Tensor
+
+from irra_core.recipes import Recipe, project_root
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's training images, red, green, blue of 0..1
+STD = (0.26862954, 0.26130258, 0.27577711)
+ERASED_AREA = (0.02, 0.4)  # released code; share of the image
+ERASED_RATIO = (0.3, 3.3)  # torchvision's default; height over width
+ERASE_ATTEMPTS = 10  # torchvision's; a box that does not fit is drawn again
+
+# Pillow's other readers are left out: some start other programs (EPS), none is a photo's format.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
+MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs: 256 MB of RGB
+TURNS = {  # EXIF orientation → what makes the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+VERSION = 1  # of what decoding does to a picture: arrays of another version are not used
+CHUNK = 64  # images a core between two writes: few enough for memory, enough to keep every core at work
+
+
+class UnreadableImages(ValueError):
+    """Image files that cannot be used; `files` is path → reason."""
+
+    def __init__(self, files: dict[str, str]):
+        self.files = files
+        shown = "\n".join(f"  {path}: {reason}" for path, reason in list(files.items())[:20])
+        more = f"\n  … and {len(files) - 20:,} more" if len(files) > 20 else ""
+        count = "1 image" if len(files) == 1 else f"{len(files):,} images"
+        super().__init__(
+            f"{count} cannot be read: copy again, or drop from the annotations, each of these files\n{shown}{more}"
+        )
+
+
+class ImageArray(NamedTuple):
+    """Decoded images: `pixels`, memory-mapped and read-only, and `digest`, their BLAKE2b in hex."""
+
+    pixels: UInt8[np.ndarray, "n 3 h w"]
+    digest: str
+
+
+class Augmentation(NamedTuple):
+    """What happens to each image of a batch; drawn for the whole batch, so that a process can take its part.
+
+    `top` and `left` place the crop in the padded image; a row of `boxes` is the erased top, left, height and width in
+    pixels, all zero where nothing is erased.
+    """
+
+    flip: Bool[Tensor, " n"]
+    top: Int[Tensor, " n"]
+    left: Int[Tensor, " n"]
+    boxes: Int[Tensor, "n 4"]
+
+    def part(self, rows: slice) -> "Augmentation":
+        """The augmentation of some of the images."""
+        return Augmentation(*(drawn[rows] for drawn in self))
+
+
+def cache_root() -> Path:
+    """The folder of everything that can be made again: IRRA_CACHE, else irra-core in the user's cache folder."""
+    if given := os.environ.get("IRRA_CACHE"):
+        return project_root() / Path(given).expanduser()
+    usual = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    return Path(os.environ.get("XDG_CACHE_HOME") or usual) / "irra-core"
+
+
+def image_array(paths: Iterable[str | Path], height: int, width: int, progress: Callable | None = None) -> ImageArray:
+    """The images at `paths`, in their order, decoded to RGB and resized to height × width pixels.
+
+    The array is made once, on all cores, below `cache_root()`, and found again as long as the files' paths, sizes and
+    times stay the same. It is there complete or not at all: it gets its name when its last byte is on the disk, one
+    process makes it while others that want it wait, and what a killed one left is cleared by the next. `progress` is a
+    class like tqdm. Raises UnreadableImages, naming every file, and OSError if the cache folder cannot hold the array.
+    """
+    files = [os.path.abspath(path) for path in paths]
+    if not files:
+        raise ValueError("image_array got no paths: an array of no images has no use")
+    array = cache_root() / "images" / f"{_key(files, height, width)}.npy"
+    shape = (len(files), 3, height, width)
+    try:
+        while (found := _complete(array, shape)) is None:
+            array.parent.mkdir(parents=True, exist_ok=True)
+            _clear_abandoned(array.parent, except_for=_partial(array))
+            _make(array, files, shape, progress)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"an image array of {math.prod(shape):,} bytes cannot be made in {array.parent} ({error.strerror}): "
+            "make room or grant access there, or set IRRA_CACHE to a folder on a local disk",
+        ) from error
+    return found
+
+
+def _key(files: list[str], height: int, width: int) -> str:
+    """A name for what `files` become, from their paths, sizes and times. Raises UnreadableImages for absent ones."""
+    digest = hashlib.blake2b(f"{VERSION} {height} {width}".encode(), digest_size=16)
+    absent = {}
+    for file in files:
+        try:
+            found = os.stat(file)
+            if not stat.S_ISREG(found.st_mode):
+                absent[file] = "is no regular file"
+            digest.update(f"\0{file}\0{found.st_size} {found.st_mtime_ns}".encode(errors="surrogatepass"))
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            absent[file] = getattr(error, "strerror", None) or str(error)
+    if absent:
+        raise UnreadableImages(absent)
+    return digest.hexdigest()
+
+
+def _complete(array: Path, shape: tuple[int, int, int, int]) -> ImageArray | None:
+    """The finished array, or None if it has to be made."""
+    try:
+        pixels = np.load(array, mmap_mode="r")
+        digest = json.loads(array.with_suffix(".json").read_text())["digest"]
+    except (FileNotFoundError, EOFError, ValueError, KeyError, TypeError):
+        return None
+    return ImageArray(pixels, digest) if pixels.shape == shape and pixels.dtype == np.uint8 else None
+
+
+def _partial(array: Path) -> Path:
+    return array.with_suffix(".partial")
+
+
+def _clear_abandoned(folder: Path, except_for: Path) -> None:
+    """Delete the unfinished arrays whose makers are dead: a living one holds the lock on its file."""
+    for partial in folder.glob("*.partial"):
+        if partial != except_for and (file := _lock(partial, wait=False)):
+            with file:
+                partial.unlink()
+
+
+def _lock(partial: Path, wait: bool) -> BinaryIO | None:
+    """The open file, locked until it is closed or this process dies; None if it is not to be had under this name."""
+    try:
+        file = os.fdopen(os.open(partial, os.O_RDWR | (os.O_CREAT if wait else 0), 0o666), "r+b")
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        if os.path.samestat(os.fstat(file.fileno()), os.stat(partial)):  # else renamed or deleted while we waited
+            return file
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except BaseException:
+        file.close()
+        raise
+    file.close()
+    return None
+
+
+def _make(array: Path, files: list[str], shape: tuple[int, int, int, int], progress: Callable | None) -> None:
+    """Write the array aside and rename it, unless another process does so first."""
+    partial = _partial(array)
+    if (file := _lock(partial, wait=True)) is None:
+        return
+    with file:
+        if _complete(array, shape):  # made between our look and our lock
+            partial.unlink()
+            return
+        try:
+            if shutil.disk_usage(array.parent).free < math.prod(shape):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            file.truncate(0)
+            digest = _write(file, files, shape, progress)
+            about = {"digest": digest, "shape": shape, "version": VERSION, "pillow": PIL.__version__}
+            array.with_suffix(".json").write_text(json.dumps(about))  # before the array: its name is the promise
+            os.replace(partial, array)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def _write(file: BinaryIO, files: list[str], shape: tuple[int, int, int, int], progress: Callable | None) -> str:
+    """Write header and pixels through to the disk; gives the digest of the pixels."""
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    digest, unreadable = hashlib.blake2b(digest_size=16), {}
+    bar = progress(total=len(files), desc="decoding images", unit="image") if progress else None
+    try:
+        for path, image in zip(files, _decoded(files, *shape[2:]), strict=True):
+            if isinstance(image, str):
+                unreadable[path] = image
+            elif not unreadable:
+                digest.update(image)
+                file.write(image)
+            if bar is not None:
+                bar.update(1)
+    finally:
+        if bar is not None:
+            bar.close()
+    if unreadable:
+        raise UnreadableImages(unreadable)
+    file.flush()
+    os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _decoded(files: list[str], height: int, width: int) -> Iterator[UInt8[np.ndarray, "3 h w"] | str]:
+    """Each file's image, or the reason why there is none, in order; Pillow lets threads decode at the same time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(min(cores, len(files))) as pool:
+        for start in range(0, len(files), CHUNK * cores):
+            yield from pool.map(lambda file: _decode(file, height, width), files[start : start + CHUNK * cores])
+
+
+def _decode(file: str, height: int, width: int) -> UInt8[np.ndarray, "3 h w"] | str:
+    """The file's first frame, upright, as RGB, resized bilinearly with antialias; or the reason why there is none."""
+    try:
+        if not stat.S_ISREG(os.stat(file).st_mode):  # a pipe would never end
+            return "is no regular file"
+        with Image.open(file, formats=FORMATS) as image:
+            if math.prod(image.size) > MAX_PIXELS:
+                return f"has {math.prod(image.size):,} pixels, at most {MAX_PIXELS:,} are decoded: save it smaller"
+            if image.mode == "F":
+                return "has floating-point pixels of no known range: save it with 8 bits a channel"
+            small = _upright(_rgb(image)).resize((width, height), Image.Resampling.BILINEAR)
+        return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        return f"{error}: save it smaller"
+    except Exception as error:  # a broken file makes Pillow raise almost anything
+        size = os.path.getsize(file) if os.path.isfile(file) else 0
+        reason = "its content is no image" if isinstance(error, PIL.UnidentifiedImageError) else error
+        return f"{reason} ({size:,} bytes)"
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """The image as the released code sees it, Pillow's `convert("RGB")`: transparency is dropped, not blended.
+
+    16-bit greys are the exception: Pillow turns all above 255 white; here they keep their high byte.
+    """
+    if image.mode.startswith("I"):
+        grey = np.asarray(image)
+        if grey.min() < 0 or grey.max() > 65_535:
+            raise ValueError("its grey values are outside 0..65,535: save it with 8 bits a channel")
+        return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
+    image.info.pop("transparency", None)  # convert would warn of it, and drop it too
+    return image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF entry says, which the released code ignores."""
+    try:
+        turn = TURNS.get(image.getexif().get(0x0112))
+    except Exception:  # a broken EXIF entry says nothing; the pixels are fine
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def load_images(paths: Iterable[str | Path], recipe: Recipe) -> Float[Tensor, "n 3 h w"]:
+    """The images at `paths` in the recipe's size, normalised, without augmentation and without the cache.
+
+    Raises UnreadableImages, naming every file.
+    """
+    files = [os.fspath(path) for path in paths]
+    height, width = recipe.image_height, recipe.image_width
+    if not files:
+        return torch.empty(0, 3, height, width)
+    images = list(_decoded(files, height, width))
+    unreadable = {file: image for file, image in zip(files, images, strict=True) if isinstance(image, str)}
+    if unreadable:
+        raise UnreadableImages(unreadable)
+    return normalise(torch.from_numpy(np.stack(images)))
+
+
+def normalise(pixels: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+    """The pixels as CLIP wants them: 0..1, less MEAN, over STD, in float32, on their device."""
+    mean, scale = _mean_and_scale(pixels.device)
+    return pixels.float().sub_(mean).mul_(scale)
+
+
+@functools.cache
+def _mean_and_scale(device: torch.device) -> tuple[Float[Tensor, "3 1 1"], Float[Tensor, "3 1 1"]]:
+    """255 MEAN and 1 / (255 STD), kept on the device so that no step waits for them."""
+    with torch.inference_mode(False):
+        mean, std = (torch.tensor(numbers, dtype=torch.float64)[:, None, None] * 255 for numbers in (MEAN, STD))
+        return mean.float().to(device), (1 / std).float().to(device)
+
+
+def draw_augmentation(n: int, recipe: Recipe, generator: torch.Generator) -> Augmentation:
+    """Random mirroring, crop and erased box for n images, as torchvision's transforms in the released code draw them.
+
+    RandomHorizontalFlip, Pad and RandomCrop, RandomErasing with area ERASED_AREA and ratio ERASED_RATIO.
+    """
+    flip = torch.rand(n, generator=generator) < recipe.flip_probability
+    top, left = torch.randint(0, 2 * recipe.crop_padding + 1, (2, n), generator=generator)
+    return Augmentation(flip, top, left, _draw_boxes(n, recipe, generator))
+
+
+def _draw_boxes(n: int, recipe: Recipe, generator: torch.Generator) -> Int[Tensor, "n 4"]:
+    """Erased boxes: the first of ERASE_ATTEMPTS that is smaller than the image, none where none is."""
+    height, width = recipe.image_height, recipe.image_width
+    area, ratio, y, x = torch.rand(4, n, ERASE_ATTEMPTS, generator=generator, dtype=torch.float64)
+    low, high = ERASED_AREA
+    area = height * width * (low + (high - low) * area)
+    low, high = (math.log(bound) for bound in ERASED_RATIO)
+    ratio = torch.exp(low + (high - low) * ratio)
+    tall, wide = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
+    fits = (tall < height) & (wide < width)
+    boxes = torch.stack([(y * (height - tall + 1)).long(), (x * (width - wide + 1)).long(), tall, wide], dim=2)
+    first = boxes[torch.arange(n), fits.int().argmax(1)]
+    erased = (torch.rand(n, generator=generator) < recipe.erase_probability) & fits.any(1)
+    return first * erased[:, None]
+
+
+def augment(pixels: UInt8[Tensor, "b 3 h w"], augmentation: Augmentation, recipe: Recipe) -> Float[Tensor, "b 3 h w"]:
+    """The batch mirrored, padded with black, cropped, normalised and erased to MEAN, in this order, on its device.
+
+    The value of erased pixels is MEAN after normalisation, as in the released code, so not the mean colour.
+    """
+    height, width, padding = *pixels.shape[2:], recipe.crop_padding
+    flip, top, left, boxes = (drawn.to(pixels.device, non_blocking=True) for drawn in augmentation)
+    rows = torch.arange(height, device=pixels.device)
+    columns = torch.arange(width, device=pixels.device)
+    across = width + 2 * padding
+    x = left[:, None] + columns
+    x = torch.where(flip[:, None], across - 1 - x, x)  # the padding is symmetric, so mirroring commutes with it
+    y = top[:, None] + rows
+    source = (y[:, :, None] * across + x[:, None, :]).flatten(1)
+    padded = F.pad(pixels, [padding] * 4).flatten(2)
+    images = normalise(padded.gather(2, source[:, None].expand(-1, 3, -1)).view(pixels.shape))
+    y, x, tall, wide = boxes[:, :, None].unbind(1)
+    inside = ((rows >= y) & (rows < y + tall))[:, :, None] & ((columns >= x) & (columns < x + wide))[:, None, :]
+    return torch.where(inside[:, None], _mean_and_scale(pixels.device)[0] / 255, images)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from irra_core.recipes import Recipe, project_root, unknown
+from irra_core.recipes import project_root, unknown
 
 # The little CLIP of the synthetic recipe; its vocabulary and context are CLIP's.
 SMALL_CLIP = {
@@ -143,11 +143,11 @@ def load_clip_weights(clip: CLIP, path: str | Path) -> None:
     if (name := "visual.positional_embedding") in tensors:
         source = None
         if "recipe" in metadata:
-            made = Recipe(**json.loads(metadata["recipe"]))
+            made = json.loads(metadata["recipe"])
             patch = clip.visual.conv1.kernel_size[0]
-            source = patch_grid((made.image_height, made.image_width), patch, made.stride)
+            source = patch_grid((made["image_height"], made["image_width"]), patch, made["stride"])
         tensors[name] = resize_positions(tensors[name].float(), *clip.visual.grid_size, source)
-    fill(clip, tensors, f"weights file {path}")
+    fill(learned(clip.state_dict()), tensors, f"weights file {path}")
 
 
 def _clip_tensors(content: Mapping) -> dict[str, Tensor]:
@@ -158,12 +158,16 @@ def _clip_tensors(content: Mapping) -> dict[str, Tensor]:
     for prefix in ("clip.", "base_model."):
         inner = {name.removeprefix(prefix): value for name, value in content.items() if name.startswith(prefix)}
         content = inner or content
-    return {name.removeprefix("text."): value for name, value in content.items() if name not in _NOT_LEARNED}
+    return learned({name.removeprefix("text."): value for name, value in content.items()})
 
 
-def fill(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Copy tensors into a module by name. Raises ValueError naming each one missing, left over or misshapen."""
-    wanted = {name: value for name, value in module.state_dict().items() if name.split(".")[-1] not in _NOT_LEARNED}
+def learned(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without what is no weight of IRRA: CLIP's learned temperature and a file's notes on its sizes."""
+    return {name: value for name, value in state.items() if name.split(".")[-1] not in _NOT_LEARNED}
+
+
+def fill(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Copy tensors into those of the same name. Raises ValueError naming each one missing, left over or misshapen."""
     complaints = [f"{name} is missing" for name in wanted if name not in tensors]
     complaints += [f"{name} is left over" for name in tensors if name not in wanted]
     complaints += [

@@ -240,8 +240,9 @@ def _mlm_head(width: int, vocabulary: int, depth: int) -> nn.Sequential:
 def build_model(recipe: Recipe, num_ids: int, weights: Path | None = None) -> IRRA:
     """The model of a recipe, on the CPU: pretrained CLIP weights, new parts drawn from `recipe.seed`.
 
-    `weights` is the file that pretrained `general` stands for, by default the cached one that training makes. The global random state is left alone. Raises
-    ValueError for a backbone, tag or file that does not fit, FileNotFoundError for weights that are not there.
+    `weights` is the file that pretrained `general` stands for, by default the cached one that training makes. The
+    global random state is left alone. Raises ValueError for a backbone, tag or file that does not fit,
+    FileNotFoundError for weights that are not there.
     """
     config = configuration(recipe.backbone)
     with seeded(recipe.seed):

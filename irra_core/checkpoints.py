@@ -1,0 +1,225 @@
+"""A model ↔ safetensors on disk; the authors' released `.pth` → a model."""
+
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from open_clip.transformer import QuickGELU
+from safetensors.torch import save_file
+from torch import Tensor
+
+from irra_core.backbone import fill, learned, new_clip, patch_grid, read_weights
+from irra_core.interaction import CrossEncoder
+from irra_core.model import IRRA, build_model, seeded
+from irra_core.recipes import Recipe, read_recipe
+
+FORMAT = "irra-core checkpoint 1"
+
+# Our names → the released code's; what begins with none of these has the same name in both.
+RELEASED_NAMES = {
+    "clip.": "base_model.",
+    "interaction.attention.": "cross_attn.",
+    "interaction.blocks.": "cross_modal_transformer.resblocks.",
+    "interaction.ln_text.": "ln_pre_t.",
+    "interaction.ln_image.": "ln_pre_i.",
+    "interaction.ln_post.": "ln_post.",
+}
+_INTERACTION = ("cross_attn.", "cross_modal_transformer.", "ln_pre_t.", "ln_pre_i.", "ln_post.", "mlm_head.")
+
+
+def save_checkpoint(model: IRRA, recipe: Recipe, path: str | Path) -> None:
+    """Write the model's weights and its recipe to a safetensors file, complete or not at all."""
+    num_ids = model.classifier.out_features if model.classifier is not None else 0
+    save_tensors(model.state_dict(), path, {"format": FORMAT, "recipe": recipe.to_json(), "num_ids": str(num_ids)})
+
+
+def load_checkpoint(path: str | Path) -> tuple[IRRA, Recipe]:
+    """The model that `save_checkpoint` wrote, on the CPU, and its recipe. Raises ValueError for any other file."""
+    tensors, metadata = read_weights(path)
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is no checkpoint of this library: read one of the released code's with load_official")
+    recipe = read_recipe(json.loads(metadata["recipe"]))
+    model = build_model(recipe.replace(pretrained="none"), int(metadata["num_ids"]))
+    fill(learned(model.state_dict()), learned(tensors), str(path))
+    return model, recipe
+
+
+def load_weights(model: IRRA, path: str | Path) -> None:
+    """Fill a model with the weights of its checkpoint. Raises ValueError naming each tensor that does not fit."""
+    fill(learned(model.state_dict()), learned(read_weights(path)[0]), str(path))
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
+    """Write named tensors to a safetensors file, complete or not at all."""
+    with _replaced(path) as aside:
+        save_file({name: value.detach().contiguous() for name, value in tensors.items()}, aside, metadata)
+
+
+def load_official(path: str | Path, image_size: Sequence[int] = (384, 128), stride: int = 16) -> IRRA:
+    """The model in a file of the released code, on the CPU in single precision; it attends to padding, as released.
+
+    Widths, depths, heads (width / 64), patch, vocabulary and number of identities come from the tensors' shapes. The
+    image size (height, width) and the stride in pixels are not in the file: they are checked against the number of
+    positions. Other entries beside `model` and names that begin with module. are accepted; the classifier, or the
+    interaction encoder with its head, may be absent as a whole. Raises ValueError naming each tensor that is missing,
+    left over or misshapen, and for a size that does not fit, those that do.
+    """
+    tensors = _released_tensors(path)
+    shape = _infer(tensors, path)
+    image_size, patch = (image_size[0], image_size[1]), shape["patch size"]
+    _check_positions(shape["image positions"] - 1, image_size, patch, stride, path)
+    text = {"context_length": shape["text positions"], "vocab_size": shape["vocabulary"], "width": shape["text width"]}
+    config = {
+        "embed_dim": shape["feature width"],
+        "quick_gelu": True,
+        "vision_cfg": {
+            "width": shape["image width"],
+            "patch_size": patch,
+            "layers": _depth(tensors, "base_model.visual."),
+        },
+        "text_cfg": text | {"heads": shape["text width"] // 64, "layers": _depth(tensors, "base_model.")},
+    }
+    mlm = any(name.startswith(_INTERACTION) for name in tensors)
+    with seeded(0):
+        model = IRRA(
+            new_clip(config, image_size, stride),
+            shape.get("number of identities"),
+            "cross" if mlm else None,
+            _depth(tensors, "cross_modal_"),
+            padding_attention=True,
+        )
+    fill({released_name(name): value for name, value in learned(model.state_dict()).items()}, tensors, str(path))
+    return model
+
+
+def save_official(model: IRRA, path: str | Path) -> None:
+    """Write a file that the released code loads: {"model": state dict} under its names, in the model's precision.
+
+    The released code lets words attend to padding, whatever this model does. Raises ValueError for a model that the
+    released code cannot hold: another interaction encoder, activation or width of heads.
+    """
+    blocks = [*model.clip.visual.transformer.resblocks, *model.clip.transformer.resblocks]
+    if not isinstance(model.interaction, CrossEncoder | None):
+        raise ValueError(f"the released code has no {type(model.interaction).__name__}: only interaction 'cross'")
+    if not all(isinstance(block.mlp.gelu, QuickGELU) for block in blocks):
+        raise ValueError("the released code computes QuickGELU, this model GELU: only -quickgelu backbones fit")
+    if not all(block.attn.head_dim == 64 for block in blocks):
+        raise ValueError("the released code takes heads of width 64, this model has others")
+    state = {released_name(name): value for name, value in learned(model.state_dict()).items()}
+    with _replaced(path) as aside:
+        torch.save({"model": state}, aside)
+
+
+def released_name(name: str) -> str:
+    """What the released code calls one of our parameters."""
+    for ours, theirs in RELEASED_NAMES.items():
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name
+
+
+def _released_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The state dict of a file in the released format, without the prefix that DataParallel adds."""
+    content, _ = read_weights(path)
+    state = content.get("model", content)
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} is not in the released format: it holds no state dict under 'model'")
+    tensors = {name.removeprefix("module."): value for name, value in state.items()}
+    if not any(name.startswith("base_model.") for name in tensors):
+        raise ValueError(f"{path} is not in the released format: none of its tensors is under base_model.")
+    return tensors
+
+
+def _infer(tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, int]:
+    """What the shapes say of the model. Raises ValueError where tensors are missing or contradict each other."""
+    found = {}
+    for quantity, sources in _EVIDENCE.items():
+        claims = defaultdict(list)
+        for name, axis in sources:
+            if name in tensors and tensors[name].ndim > axis:
+                claims[tensors[name].shape[axis]].append(f"{name} {tuple(tensors[name].shape)}")
+        if len(claims) > 1:
+            said = "; ".join(f"{value} by {', '.join(names)}" for value, names in claims.items())
+            raise ValueError(f"{path}: its tensors contradict each other on the {quantity}: {said}")
+        if claims:
+            found[quantity] = next(iter(claims))
+        elif quantity != "number of identities":
+            raise ValueError(f"{path}: {', '.join(name for name, _ in sources)} is missing or misshapen")
+    for quantity in ("feature width", "image width", "text width"):
+        if found[quantity] % 64:
+            raise ValueError(f"{path}: {quantity} {found[quantity]} is no multiple of 64, the width of a head")
+    return found
+
+
+# Which axes of which tensors say how large something is.
+_EVIDENCE = {
+    "feature width": [
+        ("base_model.text_projection", 1),
+        ("base_model.visual.proj", 1),
+        ("classifier.weight", 1),
+        *((f"{name}.weight", 0) for name in ("ln_pre_t", "ln_pre_i", "ln_post")),
+    ],
+    "image width": [
+        ("base_model.visual.class_embedding", 0),
+        ("base_model.visual.positional_embedding", 1),
+        ("base_model.visual.conv1.weight", 0),
+        ("base_model.visual.proj", 0),
+        ("base_model.visual.ln_pre.weight", 0),
+        ("base_model.visual.ln_post.weight", 0),
+    ],
+    "text width": [
+        ("base_model.positional_embedding", 1),
+        ("base_model.text_projection", 0),
+        ("base_model.token_embedding.weight", 1),
+        ("base_model.ln_final.weight", 0),
+    ],
+    "patch size": [("base_model.visual.conv1.weight", 2), ("base_model.visual.conv1.weight", 3)],
+    "image positions": [("base_model.visual.positional_embedding", 0)],
+    "text positions": [("base_model.positional_embedding", 0)],
+    "vocabulary": [
+        ("base_model.token_embedding.weight", 0),
+        ("mlm_head.fc.weight", 0),
+        ("mlm_head.fc.bias", 0),
+    ],
+    "number of identities": [("classifier.weight", 0), ("classifier.bias", 0)],
+}
+
+
+def _depth(tensors: Mapping[str, Tensor], tower: str) -> int:
+    """Number of transformer blocks under a prefix, at least 1 so that a missing block is named."""
+    pattern = re.compile(re.escape(tower) + r"transformer\.resblocks\.(\d+)\.")
+    return 1 + max((int(match[1]) for name in tensors if (match := pattern.match(name))), default=0)
+
+
+def _check_positions(positions: int, image_size: tuple[int, int], patch: int, stride: int, path: str | Path) -> None:
+    """Raise ValueError with the sizes that fit unless the image has as many patches as the file has positions."""
+    rows, cols = patch_grid(image_size, patch, stride)
+    if rows * cols == positions and min(rows, cols) > 0:
+        return
+    fitting = []
+    for step in sorted({stride, patch, patch * 3 // 4}, key=lambda step: (step != stride, -step)):
+        grids = [(rows, positions // rows) for rows in range(1, positions + 1) if positions % rows == 0]
+        sizes = [((rows - 1) * step + patch, (cols - 1) * step + patch) for rows, cols in grids]
+        sizes.sort(key=lambda size: abs(size[0] / size[1] - image_size[0] / image_size[1]))
+        fitting.append(f"at stride {step} " + ", ".join(f"{height}×{width}" for height, width in sizes[:6]))
+    raise ValueError(
+        f"{path} has {positions} image positions: image size {image_size[0]}×{image_size[1]} at stride {stride} makes "
+        f"{rows}×{cols} = {rows * cols} patches. What fits: {'; '.join(fitting)}"
+    )
+
+
+@contextmanager
+def _replaced(path: str | Path) -> Iterator[Path]:
+    """A file beside `path` to write into; it becomes `path` when all is written, and goes away when anything fails."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,0 +1,551 @@
+"""A data set on disk → one pandas table, one row a caption: `pid, image_id, path, caption, split`."""
+
+import difflib
+import hashlib
+import io
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from pandas import DataFrame
+
+from irra_core.recipes import own_file, project_root, unknown
+
+SPLITS = ("train", "val", "test")
+PATH_FIELDS = ("file_path", "img_path")  # CUHK-PEDES and ICFG-PEDES write the first, RSTPReid the second
+RECORD = '{"split": "train", "captions": ["…"], "file_path" or "img_path": "…", "id": 1}'
+SAMPLE = 8  # images looked for at load; check_annotations and the image array look for all
+
+
+class Source(NamedTuple):
+    """Where a data set lies under the data root, and whom to ask for it."""
+
+    folder: str
+    file: str
+    paper: str | None  # None: make_synthetic renders it
+
+
+DATA_SETS: dict[str, Source] = {
+    "cuhk": Source(
+        "CUHK-PEDES", "reid_raw.json", 'Li et al., "Person Search with Natural Language Description", CVPR 2017'
+    ),
+    "icfg": Source(
+        "ICFG-PEDES",
+        "ICFG-PEDES.json",
+        'Ding et al., "Semantically Self-Aligned Network for Text-to-Image Part-aware Person Re-identification", '
+        "arXiv 2107.12666",
+    ),
+    "rstp": Source(
+        "RSTPReid",
+        "data_captions.json",
+        'Zhu et al., "DSSL: Deep Surroundings-person Separation Learning for Text-based Person Retrieval", ACM MM 2021',
+    ),
+    "synthetic": Source("synthetic", "annotations.json", None),
+    "synthetic-night": Source("synthetic-night", "annotations.json", None),
+    "synthetic-campus": Source("synthetic-campus", "annotations.json", None),
+    "synthetic-general": Source("synthetic-general", "annotations.json", None),
+}
+
+# Images, captions and identities of each split, as the data sets' papers and the released code count them.
+PUBLISHED_COUNTS: dict[str, dict[str, dict[str, int]]] = {
+    "cuhk": {
+        "train": {"images": 34054, "captions": 68126, "identities": 11003},
+        "val": {"images": 3078, "captions": 6158, "identities": 1000},
+        "test": {"images": 3074, "captions": 6156, "identities": 1000},
+    },
+    "icfg": {
+        "train": {"images": 34674, "captions": 34674, "identities": 3102},
+        "test": {"images": 19848, "captions": 19848, "identities": 1000},
+    },
+    "rstp": {
+        "train": {"images": 18505, "captions": 37010, "identities": 3701},
+        "val": {"images": 1000, "captions": 2000, "identities": 200},
+        "test": {"images": 1000, "captions": 2000, "identities": 200},
+    },
+}
+
+
+class _Rows(NamedTuple):
+    """The columns of an annotation file, one entry a caption, not yet checked against each other."""
+
+    records: list[int]  # the record of each row, counted from 1
+    ids: list[Any]
+    names: list[str]  # of the images, as the file writes them
+    captions: list[str]
+    splits: list[str | None]
+
+
+def load_annotations(
+    dataset: str | Path = "synthetic",
+    root: str | Path | None = None,
+    identities: int | None = None,
+    seed: int = 0,
+) -> DataFrame:
+    """The table of a data set (a name in DATA_SETS, or the path of an own .json, .csv or .parquet file).
+
+    One row a caption, in the file's order: `pid` (the file's own integer ids; other ids are numbered by first
+    appearance), `image_id` (0.. one a file), `path` (absolute), `caption`, `split`. An own file's image paths are
+    relative to `imgs/` beside it, to its own folder, or to `root` where one is given: the first that holds some of
+    the images. Without any split, its identities are split 5:1:2 by `seed`. `identities` keeps about so many, the
+    first ones by pid, in the proportion of the splits. Only a few images are looked for here; check_annotations
+    looks for all.
+
+    Raises FileNotFoundError where the data are missing and ValueError for a malformed file; each names file, record
+    (counted from 1), field, value and remedy.
+    """
+    file, folders = _find(str(dataset), root)
+    rows = _read_json(file) if file.suffix.lower() == ".json" else _read_columns(file)
+    if not rows.records:
+        raise ValueError(f"{_short(file)} has no records: expected is at least one {RECORD}")
+    _check_text(file, rows)
+    paths = _locate(file, rows, folders, str(dataset), root)
+    pids = _number(file, rows)
+    table = DataFrame(
+        {
+            "pid": pids,
+            "image_id": pd.factorize(np.array(paths, dtype=object))[0].astype(np.int64),
+            "path": paths,
+            "caption": rows.captions,
+            "split": _splits(file, rows, pids, seed),
+        }
+    )
+    return table if identities is None else _fewer(table, identities)
+
+
+def data_root(given: str | Path | None = None) -> Path:
+    """The folder that holds the data sets: `given`, else IRRA_DATA, else `data` (relative to the project's root)."""
+    return project_root() / Path(given or os.environ.get("IRRA_DATA") or "data").expanduser()
+
+
+def _find(dataset: str, root: str | Path | None) -> tuple[Path, list[Path]]:
+    """The annotation file, and the folders that its image paths may be relative to, the first choice first."""
+    if dataset in DATA_SETS:
+        source = DATA_SETS[dataset]
+        folder = data_root(root) / source.folder
+        for path in (folder, folder / source.file, folder / "imgs"):
+            if not path.exists():
+                raise _missing(dataset, root, f"{path} is not there")
+        return folder / source.file, [folder / "imgs"]
+    file = own_file(dataset)
+    if file is None and Path(dataset).suffix.lower() in (".json", ".csv", ".parquet"):
+        raise FileNotFoundError(
+            f"annotation file {dataset!r} is not there: looked in {Path.cwd()} and {project_root()}. "
+            "Give its path; `-p dataset synthetic` needs no file"
+        )
+    if file is None:
+        raise ValueError(f"{unknown('data set', dataset, DATA_SETS)}, or the path of a .json, .csv or .parquet file")
+    given = [] if root is None else [data_root(root)]
+    return file, [folder for folder in (file.parent / "imgs", file.parent, *given) if folder.is_dir()]
+
+
+def _missing(dataset: str, root: str | Path | None, what: str) -> FileNotFoundError:
+    """The one message for a data set that is not there: what was looked for, what is expected, whom to ask."""
+    source, folder = DATA_SETS[dataset], data_root(root)
+    tree = f"    {folder}/\n        {source.folder}/\n            {source.file}\n            imgs/"
+    if source.paper is None:
+        domain = dataset.removeprefix("synthetic").lstrip("-")
+        call = f'make_synthetic("{folder}"' + (f', domain="{domain}")' if domain else ")")
+        remedy = f"Nobody needs to be asked for it: irra_core.{call} renders it there."
+    else:
+        remedy = (
+            f"The data set is given out by its authors: ask those of {source.paper}. Where it lies elsewhere, give "
+            "the folder above it as data_root or in IRRA_DATA. `-p dataset synthetic` needs no data."
+        )
+    return FileNotFoundError(
+        f"data set {dataset!r}: {what}. Looked for the folder {source.folder} with the annotation file {source.file} "
+        f"in {folder}. Expected is\n{tree}\n{remedy}"
+    )
+
+
+def _read_json(file: Path) -> _Rows:
+    """The rows of an annotation file in the official schema (RECORD); other fields are left alone."""
+    records = _parse(file)
+    if not isinstance(records, list):
+        raise ValueError(f"{_short(file)} holds one {_kind(records)}: expected is a list of records {RECORD}")
+    rows = _Rows([], [], [], [], [])
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record, dict):
+            raise _bad(file, number, f"is a {_kind(record)}, {_shown(record)}: expected is {RECORD}")
+        name = _image_name(file, number, record)
+        captions = _field(file, number, record, "captions", list, "a list of sentences")
+        if not captions:
+            raise _bad(file, number, "captions is empty: write at least one sentence, or drop the record")
+        split = _field(file, number, record, "split", str, _accepted(SPLITS)) if "split" in record else None
+        pid = _field(file, number, record, "id", (int, str), "an integer or a text")
+        rows.records.extend([number] * len(captions))
+        rows.ids.extend([pid] * len(captions))
+        rows.names.extend([name] * len(captions))
+        rows.captions.extend(captions)
+        rows.splits.extend([split] * len(captions))
+    return rows
+
+
+def _parse(file: Path) -> Any:
+    """What the JSON file holds; a byte-order mark at its start is no part of it."""
+    content = _read(file)
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{_short(file)} is not UTF-8 text: byte {error.start:,} is 0x{content[error.start]:02x}: save it as UTF-8"
+        ) from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(
+            f"{_short(file)} is not JSON: {error} (of {len(content):,} bytes): copy it again, or correct it there"
+        ) from None
+
+
+def _read(file: Path) -> bytes:
+    """The file's bytes. Raises ValueError where there are none."""
+    content = file.read_bytes()
+    if not content.strip():
+        raise ValueError(f"{_short(file)} is empty ({len(content)} bytes): copy it again")
+    return content
+
+
+def _image_name(file: Path, number: int, record: dict) -> str:
+    """The image's path as the record writes it, under either official name of the field."""
+    present = [field for field in PATH_FIELDS if field in record]
+    if len(present) == 2 and record["file_path"] != record["img_path"]:
+        raise _bad(file, number, "file_path and img_path differ: keep the one that names the image")
+    return _field(file, number, record, present[0] if present else "file_path", str, "the path of an image")
+
+
+def _field(file: Path, number: int, record: dict, field: str, types: type | tuple[type, ...], expected: str) -> Any:
+    """The field's value, or an error that names file, record, field, value and what is expected."""
+    if field not in record:
+        near = difflib.get_close_matches(field, map(str, record), n=1)
+        hint = f"is it {near[0]!r}? " if near else ""
+        also = " (or img_path)" if field == "file_path" else ""
+        raise _bad(file, number, f"field {field!r}{also} is missing: {hint}expected is {RECORD}")
+    value = record[field]
+    if not isinstance(value, types) or isinstance(value, bool):
+        raise _bad(file, number, f"{field} is a {_kind(value)}, {_shown(value)}: expected is {expected}")
+    return value
+
+
+def _read_columns(file: Path) -> _Rows:
+    """The rows of a CSV or Parquet file with columns path, caption, id and perhaps split; others are left alone."""
+    content = io.BytesIO(_read(file))
+    try:
+        if file.suffix.lower() == ".csv":
+            table = pd.read_csv(content, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        else:
+            table = pd.read_parquet(content)
+    except (ValueError, OSError) as error:  # pandas' and pyarrow's own errors are among them
+        raise ValueError(f"{_short(file)} is no readable {file.suffix.lower()[1:]} file: {error}") from None
+    for column in ("path", "caption", "id"):
+        if column not in table.columns:
+            raise ValueError(
+                f"{_short(file)}: column {column!r} is missing: it has {_shown(list(table.columns))}; expected are "
+                "path, caption, id and, if you like, split, separated by commas"
+            )
+    rows = _Rows(
+        list(range(1, len(table) + 1)),
+        *(table[name].tolist() for name in ("id", "path", "caption")),
+        table["split"].tolist() if "split" in table.columns else [None] * len(table),
+    )
+    for number, pid, name, split in zip(rows.records, rows.ids, rows.names, rows.splits, strict=True):
+        record = {"id": pid, "path": name, "split": "train" if split is None else split}
+        for field, types, expected in _COLUMN_TYPES:
+            _field(file, number, record, field, types, expected)
+    empty = all(not split for split in rows.splits)  # a column without any entry splits nothing
+    return rows._replace(splits=[None] * len(table)) if empty else rows
+
+
+def _check_text(file: Path, rows: _Rows) -> None:
+    """Refuse captions and image paths that are no text: of another type, with NUL or with half a surrogate pair."""
+    for field, values in (("caption", rows.captions), ("path", rows.names)):
+        try:
+            joined = "".join(values)
+            joined.encode("utf-8")
+            if "\0" not in joined:
+                continue
+        except (TypeError, UnicodeEncodeError):
+            pass
+        for number, value in zip(rows.records, values, strict=True):
+            if not isinstance(value, str):
+                raise _bad(file, number, f"{field} is a {_kind(value)}, {_shown(value)}: expected is a text")
+            if "\0" in value or re.search("[\ud800-\udfff]", value):
+                what = "a NUL character" if "\0" in value else "half a surrogate pair"
+                raise _bad(file, number, f"{field} {_shown(value)} holds {what}: write it again without")
+
+
+def _locate(file: Path, rows: _Rows, folders: list[Path], dataset: str, root: str | Path | None) -> list[str]:
+    """The absolute path of each row's image, under the first of the folders that holds some of the images."""
+    names = list(dict.fromkeys(rows.names))
+    sample = names[:: max(1, len(names) // SAMPLE)][:SAMPLE]
+    bases = [os.path.abspath(folder) for folder in folders]
+    found = [base for base in bases if any(os.path.isfile(_inside(base, name) or "") for name in sample)]
+    base = found[0] if found else bases[0]
+    placed = {name: _inside(base, name) for name in names}
+    for number, name in zip(rows.records, rows.names, strict=True):
+        if placed[name] is None:
+            raise _bad(
+                file,
+                number,
+                f"path {_shown(name)} names no file inside {base}: write it relative to that folder, and keep the "
+                "images in it",
+            )
+    if found:
+        return [placed[name] for name in rows.names]
+    what = f"none of the first images is there, as {_shown(placed[sample[0]])} (record {rows.records[0]})"
+    if dataset in DATA_SETS:
+        raise _missing(dataset, root, what)
+    raise FileNotFoundError(
+        f"{_short(file)}: {what}. Looked in {', '.join(bases)}: put the images there, or give their folder as data_root"
+    )
+
+
+def _inside(base: str, name: str) -> str | None:
+    """The absolute path of an image inside the folder `base`; None where it leads out, or is a Windows drive's."""
+    name = name.replace("\\", "/")
+    path = os.path.normpath(os.path.join(base, name))
+    return None if re.match("[A-Za-z]:/", name) or not path.startswith(base.rstrip(os.sep) + os.sep) else path
+
+
+def _number(file: Path, rows: _Rows) -> np.ndarray:
+    """The pid of each row: the file's own integers, or, where one is none, all numbered by first appearance."""
+    texts = [str(value).strip() for value in rows.ids]
+    for number, text in zip(rows.records, texts, strict=True):
+        if not text:
+            raise _bad(file, number, "id is empty: write an integer or a text")
+    if not all(re.fullmatch("-?[0-9]+", text) for text in dict.fromkeys(texts)):
+        return pd.factorize(np.array(texts, dtype=object))[0].astype(np.int64)
+    values = {text: int(text) for text in dict.fromkeys(texts)}
+    for number, text in zip(rows.records, texts, strict=True):
+        if not -(2**63) <= values[text] < 2**63:
+            raise _bad(file, number, f"id {_shown(text)} has more than 64 bits: write a smaller integer, or a text")
+    return np.array([values[text] for text in texts], dtype=np.int64)
+
+
+def _splits(file: Path, rows: _Rows, pids: np.ndarray, seed: int) -> list[str]:
+    """The split of each row: the file's own, or identities split 5:1:2 by the seed where it has none at all."""
+    if all(split is None for split in rows.splits):
+        return _split_identities(file, pids, seed)
+    for number, split in zip(rows.records, rows.splits, strict=True):
+        if split is None:
+            raise _bad(file, number, "field 'split' is missing, and other records have it: write it in all, or in none")
+        if split not in SPLITS:
+            raise _bad(file, number, str(unknown("split", split, SPLITS)))
+    return rows.splits
+
+
+def _split_identities(file: Path, pids: np.ndarray, seed: int) -> list[str]:
+    """Each row's split: of the identities, shuffled, an eighth to val, a quarter to test, the rest to train."""
+    known = np.unique(pids)
+    val, test = max(2, round(len(known) / 8)), max(2, round(len(known) / 4))
+    if len(known) < val + test + 2:
+        raise ValueError(
+            f"{_short(file)} has no splits, and its {len(known)} identities are too few to make them (two each): "
+            "write the field split, or annotate at least 6 identities"
+        )
+    shuffled = np.random.default_rng(seed).permutation(known).tolist()
+    split = dict.fromkeys(shuffled, "train")
+    split |= dict.fromkeys(shuffled[:val], "val") | dict.fromkeys(shuffled[val : val + test], "test")
+    return [split[pid] for pid in pids.tolist()]
+
+
+def _fewer(table: DataFrame, identities: int) -> DataFrame:
+    """About so many identities, each split in its proportion but at least two, the first ones by pid."""
+    total = table.groupby("split")["pid"].nunique().sum()
+    kept = []
+    for split, rows in table.groupby("split")["pid"]:
+        known = np.sort(rows.unique())
+        count = max(2, round(identities * len(known) / total))
+        kept.append(table.index[(table["split"] == split) & table["pid"].isin(known[:count])])
+    fewer = table.loc[np.sort(np.concatenate(kept))].reset_index(drop=True)
+    return fewer.assign(image_id=pd.factorize(fewer["image_id"])[0].astype(np.int64))
+
+
+def hold_out(annotations: DataFrame, share: float = 0.1, seed: int = 0) -> DataFrame:
+    """The table with a seeded share of the train identities, at least 2, as val; itself where it has a val split.
+
+    Raises ValueError where fewer than two identities would be left to train on.
+    """
+    if (annotations["split"] == "val").any():
+        return annotations
+    known = np.sort(annotations.loc[annotations["split"] == "train", "pid"].unique())
+    count = max(2, round(share * len(known)))
+    if len(known) < count + 2:
+        raise ValueError(
+            f"the table has no val split, and {len(known)} train identities cannot give {count} to it and keep 2: "
+            "annotate more, write a val split, or hold out a smaller share"
+        )
+    chosen = np.random.default_rng(seed).permutation(known)[:count]
+    held = (annotations["split"] == "train") & annotations["pid"].isin(chosen)
+    return annotations.assign(split=annotations["split"].mask(held, "val"))
+
+
+def count_splits(annotations: DataFrame) -> DataFrame:
+    """Images, captions and identities of each split that the table has, in the order train, val, test."""
+    groups = annotations.groupby("split")
+    counts = DataFrame(
+        {
+            "images": groups["image_id"].nunique(),
+            "captions": groups.size(),
+            "identities": groups["pid"].nunique(),
+        }
+    )
+    return counts.reindex([split for split in SPLITS if split in counts.index])
+
+
+def check_annotations(annotations: DataFrame, dataset: str | None = None, read_images: bool = True) -> DataFrame:
+    """All findings about the table and its image files, the worst first: `severity, finding, where, count`.
+
+    `severity` is "error" (a run would fail or its result be wrong), "warning" (look at it) or "note"; `where` names
+    the first places, `count` is how many there are. With the name of a real data set the sizes are compared with
+    PUBLISHED_COUNTS. `read_images=False` looks whether the files are there, but does not decode them: on a network
+    disk that saves minutes.
+    """
+    images = annotations.drop_duplicates("image_id")
+    findings = [
+        *_identity_findings(annotations),
+        *_caption_findings(annotations),
+        *_file_findings(images, read_images),
+        *_count_findings(annotations, dataset),
+    ]
+    rank = ("error", "warning", "note").index
+    findings = sorted((row for row in findings if row[3]), key=lambda row: rank(row[0]))
+    return DataFrame(findings, columns=["severity", "finding", "where", "count"])
+
+
+def _identity_findings(annotations: DataFrame) -> Iterable[tuple[str, str, str, int]]:
+    """Findings about who is in which split, and in how many images."""
+    sizes = annotations.groupby("pid").agg(splits=("split", "nunique"), images=("image_id", "nunique"))
+    yield _finding("error", "the same identity in two splits", sizes.index[sizes["splits"] > 1], "pid {}")
+    owners = annotations.groupby("path")["pid"].nunique()
+    yield _finding("error", "the same image under two identities", owners.index[owners > 1])
+    counts = annotations.groupby("split")["pid"].nunique()
+    yield _finding("error", "a split with one identity", counts.index[counts < 2])
+    yield _finding("warning", "a split without rows", [s for s in ("train", "test") if s not in counts])
+    yield _finding("note", "no val split: train identities are held out", [] if "val" in counts else ["val"])
+    yield _finding("note", "an identity with one image", sizes.index[sizes["images"] == 1], "pid {}")
+
+
+def _caption_findings(annotations: DataFrame) -> Iterable[tuple[str, str, str, int]]:
+    """Findings about empty and repeated captions."""
+    captions = annotations["caption"].str.strip().str.lower()
+    empty = captions == ""
+    yield _finding("warning", "an empty caption", annotations.loc[empty, "path"])
+    twice = DataFrame({"path": annotations["path"], "caption": captions})[~empty].duplicated()
+    yield _finding("warning", "a caption twice for the same image", annotations["path"][twice.index[twice]])
+    owners = annotations["pid"][~empty].groupby(captions[~empty]).nunique()
+    yield _finding("note", "one caption for several identities: no model can tell them apart", owners.index[owners > 1])
+
+
+def _file_findings(images: DataFrame, read_images: bool) -> Iterable[tuple[str, str, str, int]]:
+    """Findings about the image files: missing, unreadable, the same photo twice, links that lead elsewhere."""
+    paths, pids = images["path"].tolist(), dict(zip(images["path"], images["pid"], strict=True))
+    with ThreadPoolExecutor(8) as pool, warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*decompression bomb.*")  # said once, as a finding
+        faults = dict(zip(paths, pool.map(_examine if read_images else _look, paths), strict=True))
+    yield _finding("error", "an image file is missing", [p for p, (fault, _) in faults.items() if fault == "missing"])
+    broken = [f"{p} ({fault})" for p, (fault, _) in faults.items() if fault not in (None, "missing")]
+    yield _finding("error", "an image file cannot be read: copy it again, or drop its record", broken)
+    same: dict[str, list[str]] = {}
+    for path, (_, digest) in faults.items():
+        if digest:
+            same.setdefault(digest, []).append(path)
+    doubles = [(group, len({pids[path] for path in group})) for group in same.values() if len(group) > 1]
+    yield _finding("error", "one photo under two identities", [" = ".join(group) for group, n in doubles if n > 1])
+    yield _finding("warning", "one photo under two names", [" = ".join(group) for group, n in doubles if n == 1])
+    folder = os.path.realpath(_common_folder(paths)) + os.sep
+    led = [p for p in paths if os.path.islink(p) and not os.path.realpath(p).startswith(folder)]
+    yield _finding("warning", "a link that leads out of the image folder", led)
+
+
+def _look(path: str) -> tuple[str | None, None]:
+    """What is wrong with the file at first sight, and no digest."""
+    if not os.path.isfile(path):
+        return "missing", None
+    return (None if os.path.getsize(path) else "0 bytes"), None
+
+
+def _examine(path: str) -> tuple[str | None, str | None]:
+    """What is wrong with the image file (None: nothing), and the digest of its bytes."""
+    from PIL import Image
+
+    fault, _ = _look(path)
+    if fault:
+        return fault, None
+    try:
+        content = Path(path).read_bytes()
+        Image.open(io.BytesIO(content)).load()
+    except Exception as error:  # a broken file can raise anything from inside a decoder
+        reason = "no image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        return f"{os.path.getsize(path):,} bytes: {reason}", None
+    return None, hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _count_findings(annotations: DataFrame, dataset: str | None) -> Iterable[tuple[str, str, str, int]]:
+    """Findings about sizes that differ from the published ones."""
+    if dataset not in PUBLISHED_COUNTS:
+        return
+    counts = count_splits(annotations)
+    different = []
+    for split, published in PUBLISHED_COUNTS[dataset].items():
+        for what, number in published.items():
+            here = int(counts.loc[split, what]) if split in counts.index else 0
+            if here != number:
+                different.append(f"{split} {what}: {here:,}, published {number:,}")
+    yield _finding("warning", f"sizes differ from those published of {dataset}", different)
+    yield _finding("note", f"sizes are those published of {dataset}", [] if different else list(counts.index))
+
+
+def _finding(severity: str, finding: str, places: Iterable, form: str = "{}") -> tuple[str, str, str, int]:
+    """One row of findings: the first five places by name, and how many there are."""
+    places = list(places)
+    named = ", ".join(form.format(place) for place in places[:5])
+    return severity, finding, named + (", …" if len(places) > 5 else ""), len(places)
+
+
+def table_digest(annotations: DataFrame) -> str:
+    """SHA-256 (hex) over each row's pid, image path below the common folder, caption and split: equal on any disk."""
+    folder = _common_folder(annotations["path"].unique().tolist())
+    names = annotations["path"].str.slice(len(folder)).str.replace(os.sep, "/").str.lstrip("/")
+    columns = (annotations["pid"], names, annotations["caption"], annotations["split"])
+    return hashlib.sha256(json.dumps([column.tolist() for column in columns]).encode()).hexdigest()
+
+
+def _common_folder(paths: list[str]) -> str:
+    """The deepest folder that holds all the files."""
+    return os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
+
+
+def _bad(file: Path, number: int, what: str) -> ValueError:
+    """The error for one record of an annotation file, counted from 1."""
+    return ValueError(f"{_short(file)}, record {number}: {what}")
+
+
+def _short(file: Path) -> str:
+    """The file as people call it: with its folder."""
+    return f"{file.parent.name}/{file.name}"
+
+
+def _kind(value: object) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _shown(value: object) -> str:
+    """The value as an error shows it: a long one cut."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def _accepted(names: Iterable[str]) -> str:
+    return "one of " + ", ".join(names)
+
+
+_COLUMN_TYPES = (
+    ("id", (int, str), "an integer or a text"),
+    ("path", str, "the path of an image"),
+    ("split", str, _accepted(SPLITS)),
+)

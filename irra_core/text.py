@@ -1,0 +1,145 @@
+"""Captions → token ids; token ids → masked ids and labels."""
+
+import html
+from collections.abc import Iterable
+from functools import lru_cache
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Generator, Tensor
+
+CONTEXT = 77  # tokens a caption, start and end included
+VOCABULARY = 49408
+MASK_ID = 49405  # as in the released code; in CLIP's vocabulary it is the word "jekyll"
+START_ID, END_ID, PADDING_ID = 49406, 49407, 0
+LONGEST_WORD = 1000  # letters; what is beyond cannot reach the 75 tokens that are kept
+
+
+def tokenize(captions: Iterable[str], mask: str = "[MASK]") -> Int[Tensor, "n 77"]:
+    """CLIP's token ids of each caption: start, words, end, padding 0; a caption that is too long keeps its end token.
+
+    Every literal `mask` becomes MASK_ID. CLIP's vocabulary gives that id to one word, "jekyll" (the released
+    tokeniser stops at it with a KeyError). A caption with a mask spells it in its two pieces, so that there MASK_ID
+    is always a mask; in every other caption the word keeps CLIP's id. Raises TypeError for what is no text.
+    """
+    if isinstance(captions, str):
+        raise TypeError(f"captions is one text, {captions[:40]!r}: give a list of texts")
+    captions = list(captions)
+    tokens = np.zeros((len(captions), CONTEXT), dtype=np.int64)
+    for row, caption in enumerate(captions):
+        if not isinstance(caption, str):
+            raise TypeError(f"caption {row} is {caption!r}: expected is a text")
+        ids = _encode(caption, mask)[: CONTEXT - 2]
+        tokens[row, : len(ids) + 2] = [START_ID, *ids, END_ID]
+    return torch.from_numpy(tokens)
+
+
+def _encode(caption: str, mask: str) -> list[int]:
+    """The token ids of a caption's words and masks; at least the first 75 of them."""
+    if not mask or mask not in caption:
+        return _encode_plain(caption)
+    ids: list[int] = []
+    for number, part in enumerate(caption.split(mask)):
+        words = _encode_plain(part)
+        ids += [MASK_ID] * (number > 0)
+        for token in words:
+            ids += _mask_word() if token == MASK_ID else [token]
+    return ids
+
+
+def _encode_plain(text: str) -> list[int]:
+    """The first token ids of a text without masks, at least 75 where it has so many."""
+    ids: list[int] = []
+    for match in _bpe().pat.finditer(_clean(text)):
+        ids += _word(match.group())
+        if len(ids) >= CONTEXT - 2:
+            break
+    return ids
+
+
+def _clean(text: str) -> str:
+    """The text as CLIP reads it: mended, unescaped, single spaces, lower case. Plain ASCII needs no mending."""
+    if not (text.isascii() and text.isprintable() and "&" not in text):
+        import ftfy
+
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+@lru_cache(maxsize=2**17)
+def _word(word: str) -> tuple[int, ...]:
+    """The token ids of one word, remembered: captions share few words."""
+    bpe = _bpe()
+    letters = "".join(bpe.byte_encoder[byte] for byte in word[:LONGEST_WORD].encode("utf-8"))
+    return tuple(bpe.encoder[piece] for piece in bpe.bpe(letters).split(" "))
+
+
+@lru_cache(maxsize=1)
+def _mask_word() -> list[int]:
+    """The two pieces of the word that has the mask's id: CLIP's last merge, undone."""
+    bpe = _bpe()
+    return [bpe.encoder[piece] for piece in max(bpe.bpe_ranks, key=bpe.bpe_ranks.get)]
+
+
+@lru_cache(maxsize=1)
+def _bpe():
+    """open_clip's tokeniser; imported here because open_clip takes seconds."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer()
+
+
+def detokenize_words(tokens: Int[Tensor, " length"]) -> list[tuple[str, list[int]]]:
+    """The words of one tokenised caption with the positions of their tokens; a mask is the word "[MASK]".
+
+    Start, end and padding are no words. A word that was cut at the 77th token is what is left of it.
+    """
+    bpe = _bpe()
+    words: list[tuple[str, list[int]]] = []
+    letters, positions = "", []
+    ids = tokens.tolist()
+    last = ids.index(END_ID) if END_ID in ids else int(np.flatnonzero(ids)[-1:].sum()) + 1
+    for position, token in enumerate(ids[:last]):
+        if token == START_ID:
+            continue
+        piece = "[MASK]</w>" if token == MASK_ID else bpe.decoder[token]
+        letters += piece.removesuffix("</w>")
+        positions.append(position)
+        if piece.endswith("</w>") or position == last - 1:
+            content = bytes(bpe.byte_decoder[letter] for letter in letters)
+            words.append((content.decode("utf-8", errors="replace"), positions))
+            letters, positions = "", []
+    return words
+
+
+def mask_tokens(
+    tokens: Int[Tensor, "n length"],
+    generator: Generator,
+    probability: float = 0.15,
+    vocabulary: int = VOCABULARY,
+    mask_id: int = MASK_ID,
+) -> tuple[Int[Tensor, "n length"], Int[Tensor, "n length"]]:
+    """The tokens with some replaced, and the labels: the original id where one is to be predicted, 0 elsewhere.
+
+    A share of `probability` of the words is chosen, and at least one a caption; of those 80 % become the mask, 10 %
+    a random word and 10 % stay. Words are the ids from 1 to mask_id - 1 before the end token, as in the released
+    code, which draws its random words from the same range; start, end and padding are never chosen, and a caption
+    without words has no label. Where the draw chose no word, it is the one that came nearest; the released code
+    masks position 1, which is the end token of an empty caption. Source: BERT's masking, as IRRA uses it.
+    """
+    device = generator.device
+    chance, kind = torch.rand((2, *tokens.shape), generator=generator, device=device).to(tokens.device)
+    words = torch.randint(1, mask_id, tokens.shape, generator=generator, device=device).to(tokens.device)
+    before_end = (tokens == vocabulary - 1).cumsum(1) == 0
+    maskable = (tokens > PADDING_ID) & (tokens < mask_id) & before_end
+    chance = chance.masked_fill(~maskable, 2.0)
+    chosen = maskable & ((chance < probability) | (chance == chance.amin(1, keepdim=True)))
+    replaced = torch.where(kind < 0.8, mask_id, torch.where(kind < 0.9, words, tokens))
+    return torch.where(chosen, replaced, tokens), torch.where(chosen, tokens, 0)
+
+
+def trim(*tokens: Int[Tensor, "n length"]) -> tuple[Int[Tensor, "n shorter"], ...]:
+    """The tensors cut to the longest caption of the first: its end token, the largest id, is the last one kept."""
+    length = int(tokens[0].argmax(1).max()) + 1 if len(tokens[0]) else 0
+    return tuple(each[:, :length] for each in tokens)

@@ -1,0 +1,390 @@
+"""A model + images → `Gallery`; text → the ranked table."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet
+from jaxtyping import Float32
+from pandas import DataFrame
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from irra_core.evaluation import encode_images, encode_texts
+from irra_core.images import _decoded
+from irra_core.nearest import GRAPH, Memory, Shard, replace_file
+from irra_core.recipes import Recipe, unknown
+from irra_core.runs import write_text
+
+FORMAT = 1  # of a gallery's folder
+INDEXES = ("exact", "hnsw")
+SHARD = 1024  # photos that are decoded, encoded and stored together: what an interruption costs at most
+HEAD = "gallery.json"
+PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2", ".heic", ".avif")
+
+
+class Gallery:
+    """Photos of people and their features under one model: what a sentence searches.
+
+    `Gallery.build` makes one, `Gallery.load` opens one. `unreadable` lists the files that were skipped (path, reason).
+    """
+
+    def __init__(self, model, store: Memory, precision: str = "auto"):
+        self.model, self.precision = model, precision
+        self.unreadable = DataFrame({"path": [], "reason": []}, dtype="str")
+        self._store = store
+
+    @classmethod
+    def build(
+        cls,
+        model,
+        images: DataFrame | str | Path,
+        recipe: Recipe | None = None,
+        index: str = "exact",
+        url: str | None = None,
+        progress=None,
+        folder: str | Path | None = None,
+    ) -> "Gallery":
+        """The gallery of a table's photos (columns path and, where known, image_id and pid) or of a folder's.
+
+        A folder is searched with its subfolders for files that end like pictures. `index` is `exact`, or `hnsw`: faster
+        and approximate (see `recall`). With `folder` every 1,024 photos are written there and a second call goes on
+        where the first was interrupted. `recipe` gives the arithmetic (`precision`). Raises ValueError when there is
+        no readable photo, or when folder or recipe belong to another model.
+        """
+        _check_index(index)
+        _check_recipe(model, recipe)
+        head = Path(folder) / HEAD if folder else None
+        if head and head.is_file():
+            gallery = cls.load(folder, model, index)
+        else:
+            gallery = cls(model, Memory(_width(model), index))
+        gallery.precision = recipe.precision if recipe else "auto"
+        if head:
+            _begin_folder(head, model, index)
+        gallery._add(images, progress, folder)
+        if not len(gallery):
+            listed = "".join(f"; {row.path}: {row.reason}" for row in gallery.unreadable[:3].itertuples())
+            raise ValueError(f"{images} has no photo that can be read ({len(gallery.unreadable)} unreadable{listed})")
+        if head:
+            gallery._store.save_graph(head.parent)
+        return gallery
+
+    @property
+    def images(self) -> DataFrame:
+        """One row a photo: image_id, path, pid (<NA> where unknown)."""
+        return self._store.images
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def __repr__(self) -> str:
+        return f"Gallery({len(self):,} photos, {self._store})"
+
+    def search(self, text: str | Sequence[str], k: int = 10) -> DataFrame:
+        """The k best photos for each sentence, best first: query, rank (from 1), score (cosine), path, pid, image_id.
+
+        A gallery of fewer photos gives all of them. Raises ValueError for an empty sentence or k below 1.
+        """
+        queries = _checked_queries(text)
+        scores, ids = self._store.nearest(self._encode(queries), _checked_k(k))
+        return self._ranking(queries, scores, ids)
+
+    def _encode(self, queries: list[str]) -> Float32[np.ndarray, "q dim"]:
+        """The sentences' features, refused where they cannot be compared with the photos'."""
+        features = encode_texts(self.model, queries, precision=self.precision).numpy()
+        if features.shape[1] != self._store.dim:
+            raise ValueError(
+                f"the model gives features of width {features.shape[1]}, the gallery's have {self._store.dim}: "
+                "search with the model that built it"
+            )
+        _check_finite(features, queries)
+        return features
+
+    def _ranking(self, queries: list[str], scores: np.ndarray, ids: np.ndarray) -> DataFrame:
+        """The tidy table of the hits; equal scores in the order of the ids."""
+        order = np.lexsort((ids, -scores))
+        scores, ids = np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
+        query, place = np.nonzero(np.isfinite(scores))  # an approximate index may find fewer than k
+        found = self._store.rows(ids[query, place])
+        ranked = DataFrame({"query": pd.array(queries, dtype="str")[query], "rank": place + 1})
+        ranked["score"] = scores[query, place].astype(np.float64)
+        return ranked.assign(**{name: found[name].array for name in ("path", "pid", "image_id")})
+
+    def recall(self, k: int = 10, queries: Sequence[str] | None = None) -> float:
+        """The share of the true k best that the index finds: 1.0 for an exact one.
+
+        Give sentences that people would search with: without, up to 1,000 of the gallery's own photos are the queries,
+        which an approximate index finds more easily than it does sentences.
+        """
+        if queries is None:
+            rows = np.random.default_rng(0).permutation(len(self))[:1000]
+            features = self._store.features_of(self.images.image_id.to_numpy()[rows])
+        else:
+            features = self._encode(_checked_queries(queries))
+        found = self._store.nearest(features, _checked_k(k))[1]
+        true = self._store.nearest(features, k, exact=True)[1]
+        return float(np.mean([np.isin(right, ids).mean() for right, ids in zip(true, found, strict=True)]))
+
+    def add(self, images: DataFrame | str | Path, progress=None) -> int:
+        """How many photos of a table, a folder or a single file were added; those already here are skipped."""
+        return self._add(images, progress)
+
+    def _add(self, images, progress=None, folder: str | Path | None = None) -> int:
+        photos = self._new(_photo_table(images))
+        unreadable: list[tuple[str, str]] = []
+        shards = _encoded(self.model, photos, self.precision, unreadable, progress)
+        self._store.extend(_written(shards, Path(folder)) if folder else shards)
+        listed = DataFrame(unreadable, columns=["path", "reason"], dtype="str")
+        earlier = self.unreadable[~self.unreadable.path.isin(photos.path)]
+        self.unreadable = pd.concat([earlier, listed], ignore_index=True)
+        return len(photos) - len(listed)
+
+    def _new(self, photos: DataFrame) -> DataFrame:
+        """The rows that are not here yet. Raises ValueError where an image_id is here with another path."""
+        here = self._store.rows(photos.image_id.to_numpy(), known=False)
+        paths = dict(zip(here.image_id, here.path, strict=True))
+        for row in photos[photos.image_id.isin(here.image_id)].itertuples():
+            if paths[row.image_id] != row.path:
+                raise ValueError(
+                    f"image_id {row.image_id} is {paths[row.image_id]} in the gallery and {row.path} in the images "
+                    "to add: number them apart, or build another gallery"
+                )
+        return photos[~photos.image_id.isin(here.image_id)].reset_index(drop=True)
+
+    def remove(self, image_ids: Iterable[int | np.integer]) -> int:
+        """How many photos were taken out. Raises ValueError for an image_id that is not here."""
+        ids = np.unique(np.fromiter(image_ids, dtype=np.int64))
+        self._store.rows(ids)
+        self._store.remove(ids)
+        return len(ids)
+
+    def save(self, folder: str | Path) -> None:
+        """Write features, table and index to a folder, which appears complete or not at all.
+
+        A gallery that is there is replaced. Raises ValueError for a folder that holds something else.
+        """
+        folder = Path(folder)
+        _check_free(folder)
+        aside, old = (folder.with_name(f"{folder.name}.{word}-{os.getpid()}") for word in ("partial", "old"))
+        try:
+            _begin_folder(aside / HEAD, self.model, self._store.index)
+            _write_part(aside, self.images, self._store.features)
+            self._store.save_graph(aside)
+            if folder.exists():
+                folder.replace(old)
+            aside.replace(folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+    @classmethod
+    def load(cls, folder: str | Path, model, index: str | None = None) -> "Gallery":
+        """The gallery that `save`, or `build` with a folder, wrote; `index` replaces the one it had.
+
+        Every file is checked before it is used. Raises ValueError when one is damaged or another model wrote them.
+        """
+        folder = Path(folder)
+        head = _read_head(folder / HEAD, model)
+        store = Memory(head["dim"], _check_index(index or head["index"]))
+        parts = [_read_part(path, head["dim"]) for path in sorted(folder.glob("part-*.safetensors"))]
+        store.extend(parts, folder / GRAPH)
+        if store.images.image_id.duplicated().any():
+            twice = store.images.image_id[store.images.image_id.duplicated()].iloc[0]
+            raise ValueError(f"{folder}: image_id {twice} is there twice: build the gallery again")
+        return cls(model, store)
+
+
+def _check_index(index: str) -> str:
+    if index not in INDEXES:
+        raise unknown("index", index, INDEXES)
+    return index
+
+
+def _check_recipe(model, recipe: Recipe | None) -> None:
+    """Refuse a recipe whose photos have another size than the model's."""
+    if recipe and (recipe.image_height, recipe.image_width) != tuple(model.image_size):
+        raise ValueError(
+            f"the recipe's photos are {recipe.image_height}×{recipe.image_width}, the model's "
+            f"{model.image_size[0]}×{model.image_size[1]}: give the recipe that the model was built with"
+        )
+
+
+def _width(model) -> int:
+    """The width of the model's features, asked by encoding a sentence."""
+    return encode_texts(model, ["a person"]).shape[1]
+
+
+def _checked_queries(text: str | Sequence[str]) -> list[str]:
+    """A list of sentences, none empty."""
+    queries = [text] if isinstance(text, str) else list(text)
+    for place, query in enumerate(queries, 1):
+        if not isinstance(query, str):
+            raise TypeError(f"query {place} is {query!r}: accepted is a sentence")
+        if not query.strip():
+            raise ValueError(f"query {place} is empty: write what the person looks like")
+    if not queries:
+        raise ValueError("there is no query: write what the person looks like")
+    return queries
+
+
+def _checked_k(k: int) -> int:
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+        raise ValueError(f"k is {k!r}: accepted is a number of results from 1")
+    return int(k)
+
+
+def _check_finite(features: Float32[np.ndarray, "n dim"], names: Sequence[str]) -> None:
+    """Refuse features that cannot be ranked: NaN, or no direction at all."""
+    broken = np.flatnonzero(~(np.abs(np.linalg.norm(features, axis=1) - 1) < 1e-2))  # NaN is never below
+    if len(broken):
+        raise ValueError(
+            f"{len(broken)} of {len(features)} features are not unit vectors (NaN or zero), first that of "
+            f"{names[broken[0]]!r}: the model's weights are damaged, load another checkpoint"
+        )
+
+
+def _photo_table(images: DataFrame | str | Path) -> DataFrame:
+    """One row a photo: image_id, path, pid. Photos without annotations are numbered by a hash of their path."""
+    if not isinstance(images, DataFrame):
+        images = DataFrame({"path": _photo_files(Path(images))}, dtype="str")
+    elif "path" not in images:
+        raise ValueError(f"the table has no column 'path', only {', '.join(map(str, images.columns))}")
+    photos = DataFrame({"path": images.path.astype("str")})
+    photos["image_id"] = images.image_id.astype(np.int64) if "image_id" in images else photos.path.map(_photo_id)
+    photos["pid"] = images.pid.astype("Int64") if "pid" in images else pd.array([pd.NA] * len(photos), "Int64")
+    photos = photos.drop_duplicates(["image_id", "path"]).reset_index(drop=True)
+    if photos.image_id.duplicated().any():
+        twice = photos[photos.image_id == photos.image_id[photos.image_id.duplicated()].iloc[0]]
+        raise ValueError(
+            f"image_id {twice.image_id.iloc[0]} has two photos, {' and '.join(twice.path[:2])}: rename one"
+        )
+    return photos[["image_id", "path", "pid"]].astype({"image_id": np.int64})
+
+
+def _photo_files(source: Path) -> list[str]:
+    """The absolute paths of a file, or of all below a folder that end like pictures and are not hidden."""
+    if source.is_file():
+        return [os.path.abspath(source)]
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source} is no folder of photos: looked for {source.absolute()}")
+    found = []
+    for folder, below, files in os.walk(os.path.abspath(source)):
+        below[:] = [name for name in below if not name.startswith(".")]
+        pictures = (name for name in files if name.lower().endswith(PHOTO_ENDINGS) and not name.startswith("."))
+        found += [os.path.join(folder, name) for name in pictures]
+    return sorted(found)
+
+
+def _photo_id(path: str) -> int:
+    """53 bits of the path's hash: the same in every process and on every machine, and exact in a browser."""
+    return int.from_bytes(hashlib.blake2b(os.fsencode(path), digest_size=8).digest(), "big") >> 11
+
+
+def _encoded(model, photos: DataFrame, precision: str, unreadable: list[tuple[str, str]], progress) -> Iterator[Shard]:
+    """The photos' rows and features, a shard at a time; files that cannot be read go to `unreadable`, with why."""
+    bar = progress(total=len(photos), desc="photos", unit="photo") if progress else None
+    try:
+        for start in range(0, len(photos), SHARD):
+            shard = photos[start : start + SHARD]
+            pixels = list(_decoded(list(shard.path), *model.image_size))
+            readable = np.array([not isinstance(image, str) for image in pixels])
+            unreadable += [(path, why) for path, why in zip(shard.path, pixels, strict=True) if isinstance(why, str)]
+            if readable.any():
+                shown = np.stack([image for image in pixels if not isinstance(image, str)])
+                features = encode_images(model, shown, precision=precision).numpy()
+                _check_finite(features, list(shard.path[readable]))
+                yield shard[readable].reset_index(drop=True), features
+            if bar:
+                bar.update(len(shard))
+    finally:
+        if bar:
+            bar.close()
+
+
+def _written(shards: Iterable[Shard], folder: Path) -> Iterator[Shard]:
+    """The same shards, each on disk before it is handed on."""
+    for photos, features in shards:
+        _write_part(folder, photos, features)
+        yield photos, features
+
+
+def _write_part(folder: Path, photos: DataFrame, features: Float32[np.ndarray, "n dim"]) -> None:
+    """A part of a gallery's folder. The features come last: a part without them does not count."""
+    numbers = [int(path.stem.removeprefix("part-")) for path in folder.glob("part-*.safetensors")]
+    part = folder / f"part-{max(numbers, default=-1) + 1:05}"
+    replace_file(part.with_suffix(".parquet"), photos.to_parquet)
+    arrays = {"features": np.ascontiguousarray(features), "image_id": photos.image_id.to_numpy()}
+    replace_file(part.with_suffix(".safetensors"), lambda path: save_file(arrays, path))
+
+
+def _check_free(folder: Path) -> None:
+    """Refuse a folder that holds anything but a gallery."""
+    if folder.exists() and not (folder / HEAD).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} holds something that is no gallery: give the path of a new folder")
+
+
+def _begin_folder(head: Path, model, index: str) -> None:
+    """Write what a gallery's folder says of itself."""
+    _check_free(head.parent)
+    head.parent.mkdir(parents=True, exist_ok=True)
+    said = {"format": FORMAT, "model": model_fingerprint(model), "dim": _width(model), "index": index}
+    write_text(head, json.dumps(said, indent=2) + "\n")
+
+
+def model_fingerprint(model) -> str:
+    """32 hex digits that change with the weights of the two encoders or the size of the photos."""
+    digest = hashlib.blake2b(str(tuple(model.image_size)).encode(), digest_size=16)
+    state = getattr(model, "clip", model).state_dict()  # the interaction encoder makes no features
+    for name in sorted(state):
+        values = state[name].detach().float().cpu().contiguous()
+        digest.update(f"{name} {tuple(values.shape)}".encode())
+        digest.update(values.reshape(-1).numpy())
+    return digest.hexdigest()
+
+
+def _read_head(path: Path, model) -> dict[str, Any]:
+    """What a gallery's folder says of itself, checked against the model."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} is no gallery: it has no {HEAD}; Gallery.build(…, folder=) makes one")
+    try:
+        head = json.loads(path.read_text(encoding="utf-8"))
+        known = {name: type(head[name]) for name in ("format", "model", "dim", "index")}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): build the gallery again") from None
+    if known != {"format": int, "model": str, "dim": int, "index": str} or head["format"] != FORMAT or head["dim"] < 1:
+        raise ValueError(f"{path} is no gallery of format {FORMAT}: build the gallery again")
+    mine = model_fingerprint(model)
+    if head["model"] != mine:
+        raise ValueError(
+            f"{path.parent} was built by model {head['model'][:12]} and this is model {mine[:12]}: features of two "
+            "models cannot be compared; load the checkpoint that built it, or build another gallery"
+        )
+    return head
+
+
+def _read_part(path: Path, dim: int) -> Shard:
+    """One part of a gallery's folder, checked: dtypes, shapes, counts, ids, unit vectors."""
+    try:
+        arrays = load_file(path)
+        table = pyarrow.parquet.read_table(path.with_suffix(".parquet"), columns=["image_id", "path", "pid"])
+        photos = table.replace_schema_metadata(None).to_pandas()
+        photos = photos.astype({"image_id": np.int64, "path": "str", "pid": "Int64"})
+        features, ids = arrays["features"], arrays["image_id"]
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:  # pyarrow's errors are ValueErrors
+        raise ValueError(f"{path} or its .parquet is damaged ({error}): delete both and build again") from None
+    if features.dtype != np.float32 or features.shape != (len(photos), dim):
+        raise ValueError(
+            f"{path}: features are {features.dtype} {features.shape}, expected float32 {(len(photos), dim)}: "
+            "delete the part and build again"
+        )
+    if not np.array_equal(ids, photos.image_id.to_numpy()) or photos.path.isna().any():
+        raise ValueError(f"{path} and its .parquet name different photos: delete both and build again")
+    _check_finite(features, list(photos.path))
+    return photos, features

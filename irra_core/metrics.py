@@ -11,8 +11,9 @@ from irra_core.recipes import unknown
 
 CUTS = (1, 5, 10)  # the field's R@k
 SORT_ABOVE = 400  # positives a query: from here one sort of the row costs less than counting for each (measured, CPU)
-CHUNK_ENTRIES = {"cpu": 2**24, "cuda": 2**27}  # scores held at once: 64 MiB and 512 MiB in float32
-BLOCK_ENTRIES = {"cpu": 2**18, "cuda": 2**27}  # scores compared at once: about a core's cache; all that are held
+CHUNK_ENTRIES = {"cpu": 2**22, "cuda": 2**27}  # scores held at once: 16 MiB and 512 MiB in float32
+CHUNK_ROWS = 256  # queries multiplied at once, at least: fewer leave the matrix product slow
+BLOCK_ENTRIES = {"cpu": 2**19, "cuda": 2**27}  # scores compared at once: what fits a cache; all that are held
 
 
 def retrieval_metrics(
@@ -53,7 +54,9 @@ def query_metrics(
             f"similarity is {tuple(similarity.shape)}, but there are {len(query_pids)} query_pids and "
             f"{len(gallery_pids)} gallery_pids: one row a query, one column a gallery item"
         )
-    return _ranked(lambda rows: similarity[rows], similarity, query_pids, gallery_pids, None, absent)
+    return _ranked(
+        lambda rows: similarity[rows], similarity, query_pids, gallery_pids, _chunk_rows(similarity.T), absent
+    )
 
 
 def query_metrics_from_features(
@@ -66,10 +69,17 @@ def query_metrics_from_features(
 ) -> dict[str, Num[Tensor, " queries"]]:
     """`query_metrics` of the similarity query · gallery, which is never held whole: `chunk` queries at a time.
 
-    For the cosine, give L2-normalised features. Half precision is multiplied in float32.
+    For the cosine, give L2-normalised features. Half precision is multiplied in float32. Without `chunk`, as many
+    queries as a few MiB of scores hold, but at least 256.
     """
     gallery = _raised(gallery)
+    chunk = chunk or max(CHUNK_ROWS, _chunk_rows(gallery))
     return _ranked(lambda rows: _raised(query[rows]) @ gallery.T, gallery, query_pids, gallery_pids, chunk, absent)
+
+
+def _chunk_rows(gallery: Float[Tensor, "gallery any"]) -> int:
+    """How many queries' scores against this gallery are held at once."""
+    return max(1, CHUNK_ENTRIES.get(gallery.device.type, 2**22) // max(1, len(gallery)))
 
 
 def _raised(scores: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -77,21 +87,21 @@ def _raised(scores: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
 
 
+@torch.no_grad()
 def _ranked(
     scores_of: Callable[[Int[Tensor, " rows"]], Float[Tensor, "rows gallery"]],
     like: Tensor,
     query_pids: Int[Tensor, " queries"],
     gallery_pids: Int[Tensor, " gallery"],
-    chunk: int | None,
+    chunk: int,
     absent: str,
 ) -> dict[str, Num[Tensor, " queries"]]:
     """`query_metrics` of the rows that scores_of computes, on the device of `like`, chunk by chunk."""
     query_pids, gallery_pids = query_pids.long().to(like.device), gallery_pids.long().to(like.device)
-    by_pid = gallery_pids.argsort(stable=True)
-    first = torch.searchsorted(gallery_pids[by_pid], query_pids)
-    count = torch.searchsorted(gallery_pids[by_pid], query_pids, right=True) - first
+    sorted_pids, by_pid = gallery_pids.sort(stable=True)
+    first = torch.searchsorted(sorted_pids, query_pids)
+    count = torch.searchsorted(sorted_pids, query_pids, right=True) - first
     _check_absent(count, absent)
-    chunk = chunk or max(1, CHUNK_ENTRIES.get(like.device.type, 2**24) // max(1, len(gallery_pids)))
     result = torch.full((len(query_pids), 2), torch.nan, dtype=torch.float64, device=like.device)
     rank = torch.zeros_like(query_pids)
     order = count.argsort(stable=True)  # equal numbers of positives in a chunk: no padding to compare
@@ -131,9 +141,11 @@ def _positive_ranks(
     Overwrites `scores`. The place of the i-th positive is i plus the number of negatives that score as much or more.
     """
     if scores.amax().isnan():
-        bad = queries[scores.isnan().any(1)].tolist()
-        raise ValueError(f"similarity has NaN in the row of query {bad[0]} and of {len(bad) - 1} more near it: "
-                         "the features are not finite; check the weights, or compute in float32")  # fmt: skip
+        bad = queries[scores.isnan().any(1)]
+        raise ValueError(
+            f"similarity is NaN for query {bad.min()} and perhaps others: the features are not finite; "
+            "look at the weights and the loss's history, or compute in float32"
+        )
     place = torch.arange(columns.shape[1], device=scores.device)
     padding = place >= count[:, None]
     positives = scores.gather(1, columns).masked_fill(padding, -torch.inf).sort(1, descending=True).values
@@ -150,7 +162,7 @@ def _at_least(
     if thresholds.shape[1] > SORT_ABOVE or size >= 2**24:  # ones are summed in float32: exact below 2²⁴
         return size - torch.searchsorted(scores.sort(1).values, thresholds)
     counts = torch.empty(thresholds.T.shape, dtype=scores.dtype, device=scores.device)
-    block = max(1, BLOCK_ENTRIES.get(scores.device.type, 2**18) // size)
+    block = max(1, BLOCK_ENTRIES.get(scores.device.type, 2**19) // size)
     reached = torch.empty(block, size, dtype=scores.dtype, device=scores.device)
     for start in range(0, len(scores), block):
         rows = scores[start : start + block]

@@ -110,8 +110,9 @@ def _ranked(
         columns = by_pid[first[rows, None] + place.minimum(count[rows, None] - 1)]
         ranks = _positive_ranks(_raised(scores_of(rows)), columns, count[rows], rows)
         precision = ((place + 1) / ranks.double()).masked_fill(place >= count[rows, None], 0)
+        total = precision.cumsum(1)[:, -1]  # in order, so that padding, and thus the chunk, changes no bit
         last = ranks.gather(1, count[rows, None] - 1).squeeze(1)
-        result[rows] = torch.stack([precision.sum(1) / count[rows], count[rows] / last.double()], 1) * 100
+        result[rows] = torch.stack([total / count[rows], count[rows] / last.double()], 1) * 100
         rank[rows] = ranks[:, 0]
     hits = {f"R{k}": torch.where(rank > 0, (rank <= k) * 100.0, torch.nan).double() for k in CUTS}
     return {**hits, "AP": result[:, 0], "INP": result[:, 1], "rank": rank}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import seaborn as sns
 from jaxtyping import Float
 from matplotlib.axes import Axes
@@ -83,13 +84,13 @@ def ranking(results: DataFrame, *, truth: str | Path | None = None, columns: int
 def _draw_result(ax: Axes, row, x: float, y: float, tall: float) -> None:
     """Draw one row of a ranking: rank and verdict above the photo, score and identity below."""
     verdict = getattr(row, "right", None)
-    known = verdict is not None and verdict == verdict  # NaN is unknown, too
+    known = verdict is not None and not pd.isna(verdict)
     color = QUIET if not known else RIGHT if verdict else WRONG
     _draw_photo(ax, row.path, x, y, tall, frame=color if known else None)
     mark = "" if not known else "  ✓" if verdict else "  ✗"
     _write(ax, x, y + tall, 5, f"{row.rank}{mark}", size=10, color=color if known else INK, weight="bold")
     _write(ax, x, y, -5, f"{row.score:.3f}", size=9)
-    if getattr(row, "pid", None) is not None and row.pid == row.pid:
+    if "pid" in row._fields and not pd.isna(row.pid):
         _write(ax, x, y, -18, f"id {row.pid}", size=8, color=QUIET)
 
 
@@ -267,8 +268,9 @@ def _marker(rows: DataFrame) -> str:
 
 
 def _spoken(metric: str) -> str:
-    """R1 as the field writes it: R@1."""
-    return re.sub(r"^R(\d+)$", r"R@\1", metric)
+    """A score as the field writes it: R1 is R@1, and val_R1 is R@1 on val."""
+    split, name = re.fullmatch(r"(?:(train|val|test)_)?(.*)", metric).groups()
+    return re.sub(r"^R(\d+)$", r"R@\1", name) + (f" on {split}" if split else "")
 
 
 def _finish(ax: Axes, grid: str) -> Axes:

@@ -1,0 +1,325 @@
+"""A `Gallery` → the ipywidgets query explorer."""
+
+import base64
+import contextlib
+import hashlib
+import io
+import re
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import anywidget
+import numpy as np
+import pandas as pd
+import torch
+import traitlets
+from matplotlib.figure import Figure
+from pandas import DataFrame
+from PIL import Image, ImageOps
+
+from irra_core import plots
+from irra_core.explanations import explain, fill_masks
+from irra_core.images import FORMATS, load_images
+from irra_core.metrics import query_metrics
+from irra_core.recipes import recipe
+from irra_core.runs import reports_root, write_text
+from irra_core.text import END_ID, MASK_ID, detokenize_words, tokenize
+
+THUMBNAIL = (192, 288)  # pixels: twice the size on the page, for sharp screens
+LONGEST = 5000  # letters of a query: ten times what the model can read
+DEEP = 10_000  # ranks in which the right photos are looked for
+CHOICES = (5, 10, 20, 50)  # of k
+
+Card = dict[str, Any]  # what the page shows of one photo
+
+
+class QueryExplorer(anywidget.AnyWidget):
+    """A page that searches photos by a sentence and shows why: the last line of a cell displays it.
+
+    galleries: a Gallery, or name → Gallery to compare checkpoints on the same sentence, one strip of photos each.
+    annotations: the sentences that are known (columns pid, path, caption): they are offered as examples, and for them
+    right and wrong photos are framed. `query` and `k` set what is shown first, and can be read and set later.
+    """
+
+    _esm = Path(__file__).with_name("explorer.js")
+    _css = Path(__file__).with_name("explorer.css")
+
+    query = traitlets.Unicode("").tag(sync=True)
+    k = traitlets.Int(10, min=1, max=200).tag(sync=True)
+    held = traitlets.Unicode("").tag(sync=True)  # the query whose ranking the next ones are compared with
+    setup = traitlets.Dict().tag(sync=True)
+    view = traitlets.Dict().tag(sync=True)  # what a query found
+    explanation = traitlets.Dict().tag(sync=True)
+    fills = traitlets.Dict().tag(sync=True)
+    picture = traitlets.Dict().tag(sync=True)  # the photo that was clicked
+    note = traitlets.Unicode("").tag(sync=True)
+
+    def __init__(
+        self, galleries, annotations: DataFrame | None = None, *, query: str = "", k: int = 10, examples: int = 24
+    ):
+        self._galleries = dict(galleries) if isinstance(galleries, Mapping) else {"": galleries}
+        self._annotations = _known(next(iter(self._galleries.values())), annotations)
+        self._serial, self._results, self._held_ranks, self._truth = 0, {}, {}, None
+        self.failure: Exception | None = None  # what went wrong last, for whoever asks; the page has it in plain words
+        super().__init__(query=query, k=k)
+        models = [getattr(gallery, "model", None) for gallery in self._galleries.values()]
+        self.setup = {
+            "examples": _examples(self._annotations, examples),
+            "choices": sorted({*CHOICES, k}),
+            "longest": LONGEST,
+            "explains": all(model is not None for model in models),
+        }
+        self.on_msg(self._receive)
+        self.observe(self._search, ["query", "k", "held"])
+        self._search()
+
+    @property
+    def results(self) -> DataFrame:
+        """The photos on the page: `Gallery.search`'s columns, `right` where known, and `gallery`, the strip's name."""
+        strips = [table.assign(gallery=name) for name, table in self._results.items()]
+        return pd.concat(strips, ignore_index=True) if strips else DataFrame()
+
+    def figure(self) -> Figure:
+        """The page's ranking as a figure, one row a strip. Raises ValueError when nothing is shown."""
+        if not self._results:
+            raise ValueError("there is no ranking to draw: set query to a sentence first")
+        lines = -(-self.k // 10)
+        figure = Figure(figsize=(plots.WIDTH, 4.3 * lines * len(self._results)), layout="constrained")
+        truth = None if self._truth is None else self._truth["path"]
+        for (name, table), ax in zip(self._results.items(), figure.subplots(len(self._results), squeeze=False)[:, 0]):
+            plots.ranking(table, truth=truth, ax=ax)
+            if name:
+                ax.set_title(f"{name}: {ax.get_title(loc='left')}", loc="left", fontsize=12, pad=28, parse_math=False)
+        return figure
+
+    def save(self, folder: str | Path | None = None) -> Path:
+        """Write the page's ranking as a PNG with its caption beside it (.txt), by default below `reports/explorer`."""
+        figure = self.figure()
+        folder = reports_root() / "explorer" if folder is None else Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = self.view["query"]
+        words = "-".join(re.findall(r"[a-z0-9]+", text.lower()))[:40].strip("-")
+        digest = hashlib.blake2b(repr((text, self.k, *self._results)).encode(), digest_size=4).hexdigest()
+        file = folder / f"{words or 'query'}-{digest}.png"
+        figure.savefig(file, dpi=150, bbox_inches="tight")
+        lines = [f"“{text}”"]
+        for strip, (name, gallery) in zip(self.view["strips"], self._galleries.items(), strict=True):
+            said = [name, f"first {len(strip['cards'])} of {len(gallery.images):,} photos", strip["standing"]]
+            lines.append("; ".join(part for part in said if part))
+        lines.append(f"To see it again: QueryExplorer(gallery, annotations, query={text!r}, k={self.k})")
+        write_text(file.with_suffix(".txt"), "\n".join(lines) + "\n")
+        return file
+
+    def _search(self, change: Mapping | None = None) -> None:
+        """Show what the query finds."""
+        self._serial += 1
+        self._results, self._truth, self.note = {}, None, ""
+        text = self.query.encode("utf-8", "replace").decode()[:LONGEST].strip()
+        view = {"serial": self._serial, "query": text, "words": [], "masks": 0, "strips": [], "truth": None}
+        if not text:
+            self.note = "Describe a person above" + (", or take an example." if self.setup.get("examples") else ".")
+        with self._plain_words("This sentence cannot be searched"):
+            if text:
+                view |= self._answer(text)
+        self.view = view
+
+    def _answer(self, text: str) -> dict[str, Any]:
+        """Search every gallery; the part of the view that depends on the sentence."""
+        known = self._annotations[self._annotations["caption"].str.strip() == text]
+        self._truth = None if known.empty else known.iloc[0]
+        strips = []
+        for name, gallery in self._galleries.items():
+            table = self._ranked(gallery, text)
+            self._results[name] = table.head(self.k)
+            cards = [_card(row) for row in table.head(self.k).itertuples()]
+            self._note_moves(name, gallery, cards)
+            strips.append({"name": name, "standing": self._standing(table), "cards": cards})
+        tokens = tokenize([text])
+        if _is_cut(text, tokens):
+            self.note = "This is longer than the model can read: it reads the words below, and leaves out the rest."
+        words = [word for word, _ in detokenize_words(tokens[0])]
+        masks = int((tokens == MASK_ID).sum()) if "[MASK]" in text else 0
+        truth = None if self._truth is None else _thumbnail(str(self._truth["path"])) | {"pid": int(self._truth["pid"])}
+        return {"words": words, "masks": masks, "strips": strips, "truth": truth}
+
+    def _ranked(self, gallery, text: str) -> DataFrame:
+        """The best photos, with `right` where the sentence's person is known; then as deep as the right ones may be."""
+        if self._truth is None:
+            return gallery.search(text, self.k)
+        table = gallery.search(text, max(self.k, min(DEEP, len(gallery.images))))
+        return table.assign(right=(table["pid"] == self._truth["pid"]).fillna(False).astype(bool))
+
+    def _standing(self, table: DataFrame) -> str:
+        """Where the right photos stand in a ranking, in words; empty where nobody knows."""
+        if "right" not in table:
+            return ""
+        if not table["right"].any():
+            return f"no right photo among the first {len(table):,}"
+        first = table.loc[table["right"], "rank"].min()
+        if len(table) <= self.k:
+            return f"first right photo at rank {first:,}"
+        pids = torch.tensor(table["right"].to_numpy(dtype=np.int64))
+        scores = torch.tensor(table["score"].to_numpy()[None])
+        precision = query_metrics(scores, torch.ones(1, dtype=torch.int64), pids)["AP"]
+        return f"first right photo at rank {first:,} · average precision {precision.item():.0f} %"
+
+    def _note_moves(self, name: str, gallery, cards: list[Card]) -> None:
+        """Say of each card how far it rose since the held query ("new": it was far below)."""
+        if not self.held.strip():
+            return
+        if (name, self.held) not in self._held_ranks:
+            table = gallery.search(self.held, 10 * self.k)
+            self._held_ranks = {(name, self.held): dict(zip(table["image_id"], table["rank"]))} | {
+                key: ranks for key, ranks in self._held_ranks.items() if key[1] == self.held
+            }
+        before = self._held_ranks[name, self.held]
+        for card in cards:
+            rank = before.get(card["image_id"])
+            card["moved"] = "new" if rank is None else int(rank - card["rank"])
+
+    def _receive(self, _, message: Any, buffers: Any) -> None:
+        """Answer what the page asks: why these photos, what is behind the mask, what is this picture, keep it."""
+        kind = message.get("kind") if isinstance(message, dict) else None
+        current = isinstance(message, dict) and message.get("serial") == self._serial
+        if kind == "explain" and current:
+            with self._plain_words("This ranking cannot be explained"):
+                self._explain(message.get("strip"), message.get("place"))
+        elif kind == "fill" and current:
+            with self._plain_words("[MASK] cannot be filled in"):
+                self._fill()
+        elif kind == "picture":
+            with self._plain_words("This photo cannot be shown"):
+                self._show(message.get("image_id"))
+        elif kind == "save":
+            with self._plain_words("The figure cannot be saved"):
+                self.note = f"Saved as {self.save()}"
+
+    def _explain(self, strip: int | None, place: int | None) -> None:
+        """Send contributions and maps of all photos, or, where they cost a pass a patch, of the one asked for."""
+        strips = self.explanation.get("strips") if self.explanation.get("serial") == self._serial else None
+        strips = [dict(found) for found in strips or [{} for _ in self._results]]
+        for number, (name, table) in enumerate(self._results.items()):
+            model, paths = self._galleries[name].model, list(table["path"])
+            chosen = range(len(paths))
+            if model.interaction is None:
+                chosen = [place] if strip == number and place in chosen else []
+            chosen = [photo for photo in chosen if str(photo) not in strips[number].get("photos", {})]
+            if chosen:
+                found = explain(model, _images(model, [paths[photo] for photo in chosen]), self.view["query"])
+                strips[number] = {
+                    "method": found.method,
+                    "rows": found.maps.shape[2],
+                    "cols": found.maps.shape[3],
+                    "photos": strips[number].get("photos", {}) | _sent(found, chosen),
+                }
+        self.explanation = {"serial": self._serial, "strips": strips}
+
+    def _fill(self) -> None:
+        """Send the likeliest words behind each mask, photo by photo; a strip whose model has no MLM says so."""
+        strips = []
+        for name, table in self._results.items():
+            model = self._galleries[name].model
+            if model.mlm_head is None:
+                strips.append({"note": "trained without MLM: it fills in no words", "photos": []})
+                continue
+            found = fill_masks(model, _images(model, list(table["path"])), self.view["query"])
+            photos: list[list[list]] = [[[] for _ in range(self.view["masks"])] for _ in range(len(table))]
+            for row in found.itertuples():
+                photos[row.photo][row.mask].append([row.word, row.probability])
+            strips.append({"note": "", "photos": photos})
+        self.fills = {"serial": self._serial, "strips": strips}
+
+    def _show(self, image_id: int | None) -> None:
+        """Send a photo's captions and, where the gallery can, its nearest neighbours; None closes it."""
+        if image_id is None:
+            self.picture = {}
+            return
+        gallery = next(iter(self._galleries.values()))
+        photo = gallery.images.set_index("image_id").loc[int(image_id)]
+        captions = self._annotations.loc[self._annotations["path"] == photo["path"], "caption"].drop_duplicates()
+        pid = _pid(photo.get("pid"))
+        shown = _thumbnail(str(photo["path"])) | {"image_id": int(image_id), "pid": pid, "captions": list(captions)}
+        if hasattr(gallery, "neighbours"):
+            table = gallery.neighbours(int(image_id), self.k)
+            if pid is not None:
+                table = table.assign(right=(table["pid"] == pid).fillna(False).astype(bool))
+            shown["neighbours"] = [_card(row) for row in table.itertuples()]
+        self.picture = shown
+
+    @contextlib.contextmanager
+    def _plain_words(self, what: str) -> Iterator[None]:
+        """Whatever goes wrong reaches the page as one plain sentence, and `failure` for whoever looks into it."""
+        try:
+            yield
+        except Exception as error:
+            self.failure = error
+            self.note = f"{what}: {error or type(error).__name__}"
+
+
+def _known(gallery, annotations: DataFrame | None) -> DataFrame:
+    """The sentences of people who are in the gallery: of others nobody knows which photo is right."""
+    if annotations is None or "pid" not in gallery.images:
+        return DataFrame({"pid": [], "path": [], "caption": []}).astype({"path": str, "caption": str})
+    return annotations[annotations["pid"].isin(gallery.images["pid"].dropna().unique())].reset_index(drop=True)
+
+
+def _examples(annotations: DataFrame, n: int) -> list[str]:
+    """Up to n captions of different people, the same at every start."""
+    people = annotations[annotations["caption"].str.strip() != ""].drop_duplicates("pid")
+    return list(people.sample(min(n, len(people)), random_state=0)["caption"].str.strip())
+
+
+def _is_cut(text: str, tokens: torch.Tensor) -> bool:
+    """True if the end of the text is beyond the tokens that the model reads."""
+    return bool(tokens[0, -1] == END_ID) and torch.equal(tokenize([text[:-1]]), tokens)
+
+
+def _pid(pid: Any) -> int | None:
+    """A person's number, None where unknown."""
+    return None if pid is None or pd.isna(pid) else int(pid)
+
+
+def _card(row) -> Card:
+    """What the page shows of one row of a ranking."""
+    right = getattr(row, "right", None)
+    return _thumbnail(str(row.path)) | {
+        "rank": int(row.rank),
+        "score": float(row.score),
+        "image_id": int(row.image_id),
+        "pid": _pid(getattr(row, "pid", None)),
+        "right": None if right is None else bool(right),
+    }
+
+
+@lru_cache(maxsize=4096)
+def _thumbnail(path: str) -> dict[str, Any]:
+    """A small JPEG as a data URL, and its width over its height; `src` is empty where the file cannot be read."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            image.draft("RGB", THUMBNAIL)
+            photo = ImageOps.exif_transpose(image).convert("RGB")
+    except Exception:  # damaged files raise anything; the page shows an empty frame with the file's name
+        return {"src": "", "ratio": 1 / 3, "name": Path(path).name}
+    photo.thumbnail(THUMBNAIL)
+    data = io.BytesIO()
+    photo.save(data, "JPEG", quality=82)
+    encoded = base64.b64encode(data.getvalue()).decode()
+    return {"src": f"data:image/jpeg;base64,{encoded}", "ratio": photo.width / photo.height, "name": Path(path).name}
+
+
+def _images(model, paths: list[str]) -> torch.Tensor:
+    """The photos as the model takes them."""
+    height, width = model.image_size
+    return load_images(paths, recipe("cuhk", _smoke=False).replace(image_height=height, image_width=width))
+
+
+def _sent(found, chosen: list[int]) -> dict[str, dict]:
+    """Each photo's contributions and maps as the page reads them: a byte a patch, the word's brightest is 255."""
+    brightest = found.maps.max(axis=(0, 2, 3), keepdims=True, initial=1e-12)
+    maps = np.round(255 * found.maps / brightest).astype(np.uint8)
+    return {
+        str(photo): {"words": found.contributions[row].tolist(), "map": base64.b64encode(maps[row].tobytes()).decode()}
+        for row, photo in enumerate(chosen)
+    }

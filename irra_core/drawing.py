@@ -1842,9 +1842,7 @@ def _night(s: Sketch, horizon: Number, rng: np.random.Generator) -> None:
         s.oval((x, 2 * horizon - y + 40), r * 0.6, r * 2.2, glow, 0.4)
 
 
-def _camera(
-    image: Image.Image, mask: Image.Image, place: Place, light: Number, rng: np.random.Generator
-) -> Image.Image:
+def _camera(image: Image.Image, place: Place, light: Number, rng: np.random.Generator) -> Image.Image:
     """Light on the person, tint, exposure, vignette, blur and noise."""
     radius = float(rng.uniform(0, place.blur))
     if radius > 0.35:

@@ -1,5 +1,6 @@
 """Decoding against torchvision, the array's completeness under kills and races, augmentation against torchvision."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -177,6 +178,11 @@ def large(path: Path) -> None:
     Image.new("1", (10_000, 9_000)).save(path, format="PNG")
 
 
+def vast(path: Path) -> None:
+    smooth(3).save(path, format="PNG")
+    os.truncate(path, 2**30 + 1)
+
+
 def floating(path: Path) -> None:
     Image.fromarray(np.random.default_rng(0).random((9, 6), dtype=np.float32)).save(path, format="TIFF")
 
@@ -198,6 +204,7 @@ BAD = {
     "truncated": (truncated, r"truncated.*\(2,000 bytes\)"),
     "a bomb": (bomb, "400000000 pixels"),
     "just too large": (large, "90,?000,?000 pixels"),
+    "too many bytes": (vast, "1,073,741,825 bytes"),
     "floating point": (floating, "8 bits a channel"),
     "32 bits": (deep, "8 bits a channel"),
     "postscript": (postscript, "no image"),
@@ -281,11 +288,21 @@ def test_another_array_is_made_when_the_files_change(tmp_path, change):
     assert len(list((cache_root() / "images").glob("*.npy"))) == 2
 
 
-def test_the_digest_depends_on_the_pixels_alone(tmp_path):
+def test_the_digest_depends_on_the_files_contents_their_order_and_the_size(tmp_path):
     one, two = photos(tmp_path / "one"), photos(tmp_path / "two")
     digest = image_array(one, HEIGHT, WIDTH).digest
     assert image_array(two, HEIGHT, WIDTH).digest == digest
     assert image_array(one[::-1], HEIGHT, WIDTH).digest != digest
+    assert image_array(one, WIDTH, HEIGHT).digest != digest
+    smooth(99).save(two[4])
+    assert image_array(two, HEIGHT, WIDTH).digest != digest
+
+
+def test_more_images_than_wait_at_once_keep_their_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "GROUP", 2)
+    monkeypatch.setattr(module, "WAITING", 1)
+    paths = photos(tmp_path, 23)
+    assert np.array_equal(image_array(paths, HEIGHT, WIDTH).pixels, [resized(Image.open(path)) for path in paths])
 
 
 @pytest.mark.parametrize("damage", ["short", "empty", "no digest", "torn digest", "other shape"])
@@ -388,6 +405,18 @@ def test_a_full_disk_is_named_before_anything_is_decoded(tmp_path, cache, monkey
     monkeypatch.setattr(module, "_decode", None)
     with pytest.raises(OSError, match=r"2,880 bytes cannot be made in .*No space left.*IRRA_CACHE"):
         image_array(paths, HEIGHT, WIDTH)
+    assert list(cache.iterdir()) == []
+
+
+def test_a_disk_that_fills_while_the_array_is_written_is_named_and_cleared(tmp_path, cache, monkeypatch):
+    def write(file, *_):
+        file.write(b"the first bytes")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module, "_write", write)
+    with pytest.raises(OSError, match=r"cannot be made in .*No space left.*IRRA_CACHE") as error:
+        image_array(photos(tmp_path), HEIGHT, WIDTH)
+    assert error.value.errno == errno.ENOSPC
     assert list(cache.iterdir()) == []
 
 

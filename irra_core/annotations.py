@@ -1,5 +1,6 @@
 """A data set on disk → one pandas table, one row a caption: `pid, image_id, path, caption, split`."""
 
+import csv
 import difflib
 import hashlib
 import io
@@ -19,8 +20,10 @@ from pandas import DataFrame
 from irra_core.recipes import own_file, project_root, unknown
 
 SPLITS = ("train", "val", "test")
+_SPLIT = "one of train, val, test"
 PATH_FIELDS = ("file_path", "img_path")  # CUHK-PEDES and ICFG-PEDES write the first, RSTPReid the second
 RECORD = '{"split": "train", "captions": ["…"], "file_path" or "img_path": "…", "id": 1}'
+COLUMNS = ("path", "caption", "id", "split")  # of a CSV or Parquet file; the last is optional
 SAMPLE = 8  # images looked for at load; check_annotations and the image array look for all
 
 
@@ -101,9 +104,7 @@ def load_annotations(
     (counted from 1), field, value and remedy.
     """
     file, folders = _find(str(dataset), root)
-    rows = _read_json(file) if file.suffix.lower() == ".json" else _read_columns(file)
-    if not rows.records:
-        raise ValueError(f"{_short(file)} has no records: expected is at least one {RECORD}")
+    rows = _read(file)
     _check_text(file, rows)
     paths = _locate(file, rows, folders, str(dataset), root)
     pids = _number(file, rows)
@@ -113,7 +114,7 @@ def load_annotations(
             "image_id": pd.factorize(np.array(paths, dtype=object))[0].astype(np.int64),
             "path": paths,
             "caption": rows.captions,
-            "split": _splits(file, rows, pids, seed),
+            "split": _splits(file, rows, pids, None if str(dataset) in DATA_SETS else seed),
         }
     )
     return table if identities is None else _fewer(table, identities)
@@ -164,50 +165,103 @@ def _missing(dataset: str, root: str | Path | None, what: str) -> FileNotFoundEr
     )
 
 
-def _read_json(file: Path) -> _Rows:
-    """The rows of an annotation file in the official schema (RECORD); other fields are left alone."""
-    records = _parse(file)
-    if not isinstance(records, list):
-        raise ValueError(f"{_short(file)} holds one {_kind(records)}: expected is a list of records {RECORD}")
+def _read(file: Path) -> _Rows:
+    """The rows of an annotation file: JSON in the official schema (RECORD), or CSV or Parquet with COLUMNS.
+
+    Other fields and columns are left alone.
+    """
+    readers = {".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
     rows = _Rows([], [], [], [], [])
-    for number, record in enumerate(records, start=1):
+    for number, record in enumerate(readers[file.suffix.lower()](file), start=1):
         if not isinstance(record, dict):
-            raise _bad(file, number, f"is a {_kind(record)}, {_shown(record)}: expected is {RECORD}")
-        name = _image_name(file, number, record)
-        captions = _field(file, number, record, "captions", list, "a list of sentences")
+            raise _bad(file, number, f"is {_shown(record)}: expected is {RECORD}")
+        if file.suffix.lower() == ".json":
+            name = _image_name(file, number, record)
+            captions = _field(file, number, record, "captions", list, "a list of sentences")
+        else:
+            name = _field(file, number, record, "path", str, "the path of an image")
+            captions = [_field(file, number, record, "caption", str, "a sentence")]
         if not captions:
             raise _bad(file, number, "captions is empty: write at least one sentence, or drop the record")
-        split = _field(file, number, record, "split", str, _accepted(SPLITS)) if "split" in record else None
+        split = _field(file, number, record, "split", str, _SPLIT) if record.get("split", "") != "" else None
         pid = _field(file, number, record, "id", (int, str), "an integer or a text")
         rows.records.extend([number] * len(captions))
         rows.ids.extend([pid] * len(captions))
         rows.names.extend([name] * len(captions))
         rows.captions.extend(captions)
         rows.splits.extend([split] * len(captions))
+    if not rows.records:
+        raise ValueError(f"{_short(file)} has no records: expected is at least one {RECORD}")
     return rows
 
 
-def _parse(file: Path) -> Any:
-    """What the JSON file holds; a byte-order mark at its start is no part of it."""
-    content = _read(file)
+def _read_json(file: Path) -> list:
+    """The records of a JSON file."""
+    text = _read_text(file)
     try:
-        return json.loads(content.decode("utf-8-sig"))
+        records = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{_short(file)} is not JSON: {error} (of {len(text):,} characters): copy it again, or correct it there"
+        ) from None
+    if not isinstance(records, list):
+        raise ValueError(f"{_short(file)} holds {_shown(records)}: expected is a list of records {RECORD}")
+    return records
+
+
+def _read_csv(file: Path) -> list[dict]:
+    """The records of a CSV file. pandas would shift or drop the cells of a row that has too many."""
+    reader = csv.DictReader(io.StringIO(_read_text(file), newline=""), strict=True)
+    try:
+        _check_columns(file, reader.fieldnames or [])
+        records = list(reader)
+    except csv.Error as error:
+        raise ValueError(
+            f"{_short(file)}, after line {reader.line_num}: {error}: write a sentence in double quotes, and double "
+            "the quotes inside"
+        ) from None
+    for number, record in enumerate(records, start=1):
+        if None in record or None in record.values():  # how csv marks cells that are too many, and too few
+            wrong = "more" if None in record else "fewer"
+            raise _bad(
+                file, number, f"has {wrong} cells than the first line: write a sentence with commas in double quotes"
+            )
+    return records
+
+
+def _read_parquet(file: Path) -> list[dict]:
+    """The records of a Parquet file; a missing split is an empty one."""
+    try:
+        table = pd.read_parquet(file)
+    except (ValueError, OSError) as error:  # pyarrow's own errors are among them
+        raise ValueError(f"{_short(file)} is no readable Parquet file ({error}): copy or write it again") from None
+    _check_columns(file, table.columns)
+    if "split" in table.columns:
+        table["split"] = table["split"].astype(object).where(table["split"].notna(), "")
+    return table[[name for name in COLUMNS if name in table.columns]].to_dict("records")
+
+
+def _read_text(file: Path) -> str:
+    """The file's text without a byte-order mark. Raises ValueError for what is empty or not UTF-8."""
+    content = file.read_bytes()
+    if not content.strip():
+        raise ValueError(f"{_short(file)} is empty ({len(content)} bytes): copy it again")
+    try:
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{_short(file)} is not UTF-8 text: byte {error.start:,} is 0x{content[error.start]:02x}: save it as UTF-8"
         ) from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(
-            f"{_short(file)} is not JSON: {error} (of {len(content):,} bytes): copy it again, or correct it there"
-        ) from None
 
 
-def _read(file: Path) -> bytes:
-    """The file's bytes. Raises ValueError where there are none."""
-    content = file.read_bytes()
-    if not content.strip():
-        raise ValueError(f"{_short(file)} is empty ({len(content)} bytes): copy it again")
-    return content
+def _check_columns(file: Path, columns: Iterable[str]) -> None:
+    """Refuse a table without one of the columns that it needs."""
+    for column in COLUMNS[:3]:
+        if column not in columns:
+            raise ValueError(
+                f"{_short(file)}: column {column!r} is missing: it has {_shown(list(columns))}; expected are "
+                "path, caption, id and, if you like, split (in a CSV file separated by commas)"
+            )
 
 
 def _image_name(file: Path, number: int, record: dict) -> str:
@@ -227,37 +281,8 @@ def _field(file: Path, number: int, record: dict, field: str, types: type | tupl
         raise _bad(file, number, f"field {field!r}{also} is missing: {hint}expected is {RECORD}")
     value = record[field]
     if not isinstance(value, types) or isinstance(value, bool):
-        raise _bad(file, number, f"{field} is a {_kind(value)}, {_shown(value)}: expected is {expected}")
+        raise _bad(file, number, f"{field} is {_shown(value)}: expected is {expected}")
     return value
-
-
-def _read_columns(file: Path) -> _Rows:
-    """The rows of a CSV or Parquet file with columns path, caption, id and perhaps split; others are left alone."""
-    content = io.BytesIO(_read(file))
-    try:
-        if file.suffix.lower() == ".csv":
-            table = pd.read_csv(content, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-        else:
-            table = pd.read_parquet(content)
-    except (ValueError, OSError) as error:  # pandas' and pyarrow's own errors are among them
-        raise ValueError(f"{_short(file)} is no readable {file.suffix.lower()[1:]} file: {error}") from None
-    for column in ("path", "caption", "id"):
-        if column not in table.columns:
-            raise ValueError(
-                f"{_short(file)}: column {column!r} is missing: it has {_shown(list(table.columns))}; expected are "
-                "path, caption, id and, if you like, split, separated by commas"
-            )
-    rows = _Rows(
-        list(range(1, len(table) + 1)),
-        *(table[name].tolist() for name in ("id", "path", "caption")),
-        table["split"].tolist() if "split" in table.columns else [None] * len(table),
-    )
-    for number, pid, name, split in zip(rows.records, rows.ids, rows.names, rows.splits, strict=True):
-        record = {"id": pid, "path": name, "split": "train" if split is None else split}
-        for field, types, expected in _COLUMN_TYPES:
-            _field(file, number, record, field, types, expected)
-    empty = all(not split for split in rows.splits)  # a column without any entry splits nothing
-    return rows._replace(splits=[None] * len(table)) if empty else rows
 
 
 def _check_text(file: Path, rows: _Rows) -> None:
@@ -272,7 +297,7 @@ def _check_text(file: Path, rows: _Rows) -> None:
             pass
         for number, value in zip(rows.records, values, strict=True):
             if not isinstance(value, str):
-                raise _bad(file, number, f"{field} is a {_kind(value)}, {_shown(value)}: expected is a text")
+                raise _bad(file, number, f"{field} is {_shown(value)}: expected is a text")
             if "\0" in value or re.search("[\ud800-\udfff]", value):
                 what = "a NUL character" if "\0" in value else "half a surrogate pair"
                 raise _bad(file, number, f"{field} {_shown(value)} holds {what}: write it again without")
@@ -296,7 +321,7 @@ def _locate(file: Path, rows: _Rows, folders: list[Path], dataset: str, root: st
             )
     if found:
         return [placed[name] for name in rows.names]
-    what = f"none of the first images is there, as {_shown(placed[sample[0]])} (record {rows.records[0]})"
+    what = f"none of the first images is there, as {placed[sample[0]]} (record {rows.records[0]})"
     if dataset in DATA_SETS:
         raise _missing(dataset, root, what)
     raise FileNotFoundError(
@@ -312,27 +337,23 @@ def _inside(base: str, name: str) -> str | None:
 
 
 def _number(file: Path, rows: _Rows) -> np.ndarray:
-    """The pid of each row: the file's own integers, or, where one is none, all numbered by first appearance."""
+    """The pid of each row: the file's own integers, or, where an id is none, all numbered by first appearance."""
     texts = [str(value).strip() for value in rows.ids]
     for number, text in zip(rows.records, texts, strict=True):
         if not text:
             raise _bad(file, number, "id is empty: write an integer or a text")
-    if not all(re.fullmatch("-?[0-9]+", text) for text in dict.fromkeys(texts)):
-        return pd.factorize(np.array(texts, dtype=object))[0].astype(np.int64)
-    values = {text: int(text) for text in dict.fromkeys(texts)}
-    for number, text in zip(rows.records, texts, strict=True):
-        if not -(2**63) <= values[text] < 2**63:
-            raise _bad(file, number, f"id {_shown(text)} has more than 64 bits: write a smaller integer, or a text")
-    return np.array([values[text] for text in texts], dtype=np.int64)
+    if all(re.fullmatch("-?[0-9]{1,18}", text) for text in dict.fromkeys(texts)):  # 18 digits fit into 64 bits
+        return np.array([int(text) for text in texts], dtype=np.int64)
+    return pd.factorize(np.array(texts, dtype=object))[0].astype(np.int64)
 
 
-def _splits(file: Path, rows: _Rows, pids: np.ndarray, seed: int) -> list[str]:
-    """The split of each row: the file's own, or identities split 5:1:2 by the seed where it has none at all."""
-    if all(split is None for split in rows.splits):
+def _splits(file: Path, rows: _Rows, pids: np.ndarray, seed: int | None) -> list[str]:
+    """The split of each row: the file's own, or, where own data have none at all, 5:1:2 of the identities by seed."""
+    if seed is not None and all(split is None for split in rows.splits):
         return _split_identities(file, pids, seed)
     for number, split in zip(rows.records, rows.splits, strict=True):
         if split is None:
-            raise _bad(file, number, "field 'split' is missing, and other records have it: write it in all, or in none")
+            raise _bad(file, number, "field 'split' is missing: write it in every record (own data: or in none)")
         if split not in SPLITS:
             raise _bad(file, number, str(unknown("split", split, SPLITS)))
     return rows.splits
@@ -405,11 +426,10 @@ def check_annotations(annotations: DataFrame, dataset: str | None = None, read_i
     PUBLISHED_COUNTS. `read_images=False` looks whether the files are there, but does not decode them: on a network
     disk that saves minutes.
     """
-    images = annotations.drop_duplicates("image_id")
     findings = [
         *_identity_findings(annotations),
         *_caption_findings(annotations),
-        *_file_findings(images, read_images),
+        *_file_findings(annotations, read_images),
         *_count_findings(annotations, dataset),
     ]
     rank = ("error", "warning", "note").index
@@ -441,9 +461,10 @@ def _caption_findings(annotations: DataFrame) -> Iterable[tuple[str, str, str, i
     yield _finding("note", "one caption for several identities: no model can tell them apart", owners.index[owners > 1])
 
 
-def _file_findings(images: DataFrame, read_images: bool) -> Iterable[tuple[str, str, str, int]]:
+def _file_findings(annotations: DataFrame, read_images: bool) -> Iterable[tuple[str, str, str, int]]:
     """Findings about the image files: missing, unreadable, the same photo twice, links that lead elsewhere."""
-    paths, pids = images["path"].tolist(), dict(zip(images["path"], images["pid"], strict=True))
+    pids = annotations.groupby("path", sort=False)["pid"].first().to_dict()
+    paths = list(pids)
     with ThreadPoolExecutor(8) as pool, warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*decompression bomb.*")  # said once, as a finding
         faults = dict(zip(paths, pool.map(_examine if read_images else _look, paths), strict=True))
@@ -457,9 +478,15 @@ def _file_findings(images: DataFrame, read_images: bool) -> Iterable[tuple[str, 
     doubles = [(group, len({pids[path] for path in group})) for group in same.values() if len(group) > 1]
     yield _finding("error", "one photo under two identities", [" = ".join(group) for group, n in doubles if n > 1])
     yield _finding("warning", "one photo under two names", [" = ".join(group) for group, n in doubles if n == 1])
-    folder = os.path.realpath(_common_folder(paths)) + os.sep
-    led = [p for p in paths if os.path.islink(p) and not os.path.realpath(p).startswith(folder)]
-    yield _finding("warning", "a link that leads out of the image folder", led)
+    yield _finding("warning", "a link that leads out of the image folder", _led_out(paths))
+
+
+def _led_out(paths: list[str]) -> list[str]:
+    """The files that links, their own or their folder's, place outside the folder that holds them all."""
+    inside = os.path.join(os.path.realpath(_common_folder(paths)), "")
+    real = {folder: os.path.join(os.path.realpath(folder), "") for folder in {os.path.dirname(path) for path in paths}}
+    ends = [os.path.realpath(path) if os.path.islink(path) else real[os.path.dirname(path)] for path in paths]
+    return [path for path, end in zip(paths, ends, strict=True) if not end.startswith(inside)]
 
 
 def _look(path: str) -> tuple[str | None, None]:
@@ -530,22 +557,7 @@ def _short(file: Path) -> str:
     return f"{file.parent.name}/{file.name}"
 
 
-def _kind(value: object) -> str:
-    return "null" if value is None else type(value).__name__
-
-
 def _shown(value: object) -> str:
     """The value as an error shows it: a long one cut."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"
-
-
-def _accepted(names: Iterable[str]) -> str:
-    return "one of " + ", ".join(names)
-
-
-_COLUMN_TYPES = (
-    ("id", (int, str), "an integer or a text"),
-    ("path", str, "the path of an image"),
-    ("split", str, _accepted(SPLITS)),
-)
+    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    return f"{text if len(text) <= 80 else text[:77] + '…'} ({type(value).__name__})"

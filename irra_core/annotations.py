@@ -20,10 +20,11 @@ from pandas import DataFrame
 from irra_core.recipes import own_file, project_root, unknown
 
 SPLITS = ("train", "val", "test")
-_SPLIT = "one of train, val, test"
 PATH_FIELDS = ("file_path", "img_path")  # CUHK-PEDES and ICFG-PEDES write the first, RSTPReid the second
 RECORD = '{"split": "train", "captions": ["…"], "file_path" or "img_path": "…", "id": 1}'
 COLUMNS = ("path", "caption", "id", "split")  # of a CSV or Parquet file; the last is optional
+# Pillow's other readers are left out: some start other programs (EPS). images.py reads the same ones.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 SAMPLE = 8  # images looked for at load; check_annotations and the image array look for all
 
 
@@ -183,7 +184,9 @@ def _read(file: Path) -> _Rows:
             captions = [_field(file, number, record, "caption", str, "a sentence")]
         if not captions:
             raise _bad(file, number, "captions is empty: write at least one sentence, or drop the record")
-        split = _field(file, number, record, "split", str, _SPLIT) if record.get("split", "") != "" else None
+        split = None
+        if record.get("split", "") != "":
+            split = _field(file, number, record, "split", str, "train, val or test")
         pid = _field(file, number, record, "id", (int, str), "an integer or a text")
         rows.records.extend([number] * len(captions))
         rows.ids.extend([pid] * len(captions))
@@ -505,7 +508,7 @@ def _examine(path: str) -> tuple[str | None, str | None]:
         return fault, None
     try:
         content = Path(path).read_bytes()
-        Image.open(io.BytesIO(content)).load()
+        Image.open(io.BytesIO(content), formats=IMAGE_FORMATS).load()
     except Exception as error:  # a broken file can raise anything from inside a decoder
         reason = "no image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         return f"{os.path.getsize(path):,} bytes: {reason}", None

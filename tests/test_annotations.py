@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from irra_core import annotations as module
+from irra_core import images
 from irra_core.annotations import (
     DATA_SETS,
+    IMAGE_FORMATS,
     PUBLISHED_COUNTS,
     check_annotations,
     count_splits,
@@ -149,10 +151,10 @@ def test_missing_synthetic_people_ask_for_make_synthetic(dataset, call, tmp_path
 
 def test_images_that_are_all_missing_stop_at_load_and_a_few_do_not(tmp_path):
     file = write(tmp_path, "rstp", records("rstp"))
-    images = sorted((file.parent / "imgs").rglob("*.png"))
-    images[0].unlink()
+    photos = sorted((file.parent / "imgs").rglob("*.png"))
+    photos[0].unlink()
     assert len(load_annotations("rstp", tmp_path)) == 32
-    for image in images[1:]:
+    for image in photos[1:]:
         image.unlink()
     with pytest.raises(FileNotFoundError, match=r"none of the first images is there.*0000_0\.png"):
         load_annotations("rstp", tmp_path)
@@ -450,8 +452,8 @@ def test_all_findings_are_listed_at_once(tmp_path):
     content[6]["split"] = "test"  # and is trained on
     content.append(content[9] | {"id": 99})
     file = write(tmp_path, "cuhk", content)
-    images = file.parent / "imgs"
-    paths = {number: images / content[number]["file_path"] for number in range(len(content))}
+    folder = file.parent / "imgs"
+    paths = {number: folder / content[number]["file_path"] for number in range(len(content))}
     paths[10].unlink()
     paths[11].write_bytes(b"")
     paths[12].write_bytes(paths[12].read_bytes()[:45])
@@ -512,6 +514,14 @@ def test_a_decompression_bomb_is_a_finding_and_no_warning(tmp_path, recwarn):
     assert not recwarn.list
 
 
+def test_only_the_formats_that_training_reads_are_opened(tmp_path):
+    assert IMAGE_FORMATS == images.FORMATS
+    dataset = own(tmp_path, people(4, split="test"))
+    Image.new("RGB", (4, 12)).save(tmp_path / "b.png", format="EPS")  # Pillow would hand it to Ghostscript
+    found = findings(load_annotations(dataset))
+    assert "no image" in found["an image file cannot be read: copy it again, or drop its record"][1]
+
+
 def test_missing_splits_are_found(tmp_path):
     found = findings(load_annotations(own(tmp_path, people(1, split="test"))))
     assert found["a split with one identity"] == ("error", "test", 1)
@@ -523,8 +533,8 @@ def paper_sized(dataset: str) -> pd.DataFrame:
     """A table with exactly the published numbers, its one file imaginary."""
     parts, first, seen = [], 0, 0
     for split, counts in PUBLISHED_COUNTS[dataset].items():
-        images = np.arange(counts["captions"]) % counts["images"]
-        part = {"pid": first + images % counts["identities"], "image_id": seen + images, "split": split}
+        numbers = np.arange(counts["captions"]) % counts["images"]
+        part = {"pid": first + numbers % counts["identities"], "image_id": seen + numbers, "split": split}
         parts.append(pd.DataFrame(part))
         first, seen = first + counts["identities"], seen + counts["images"]
     table = pd.concat(parts, ignore_index=True)

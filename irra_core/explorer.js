@@ -275,7 +275,7 @@ function render({ model, el }) {
     return part && part.photos && part.photos[place] ? { ...part, ...part.photos[place] } : null;
   }
 
-  const needed = () => (cardAt ? !explained(cardAt.strip, cardAt.place) : model.get("explanation").serial !== model.get("view").serial);
+  const needed = () => (cardAt ? !explained(cardAt.strip, cardAt.place)?.map : model.get("explanation").serial !== model.get("view").serial);
 
   function drawWhy() {
     const view = model.get("view");
@@ -283,9 +283,9 @@ function render({ model, el }) {
       const photo = card.querySelector(".irra-photo");
       photo.querySelector("canvas")?.remove();
       const found = wordAt === null ? null : explained(s, place);
-      photo.classList.toggle("irra-dim", Boolean(found));
+      photo.classList.toggle("irra-dim", Boolean(found?.map));
       card.querySelector(".irra-score").textContent = found ? signed(found.words[wordAt]) : plain(view.strips[s].cards[place].score);
-      if (!found) return;
+      if (!found?.map) return;
       const size = found.rows * found.cols;
       const bytes = Uint8Array.from(atob(found.map), (letter) => letter.charCodeAt(0));
       photo.append(mapCanvas(bytes.slice(wordAt * size, (wordAt + 1) * size), found.rows, found.cols));

@@ -61,7 +61,7 @@ class QueryExplorer(anywidget.AnyWidget):
     ):
         self._galleries = dict(galleries) if isinstance(galleries, Mapping) else {"": galleries}
         self._annotations = _known(next(iter(self._galleries.values())), annotations)
-        self._serial, self._results, self._held_ranks, self._truth = 0, {}, {}, None
+        self._serial, self._results, self._held_ranks, self._truth, self._explained = 0, {}, {}, None, []
         self.failure: Exception | None = None  # what went wrong last, for whoever asks; the page has it in plain words
         super().__init__(query=query, k=k)
         models = [getattr(gallery, "model", None) for gallery in self._galleries.values()]
@@ -197,23 +197,23 @@ class QueryExplorer(anywidget.AnyWidget):
                 self.note = f"Saved as {self.save()}"
 
     def _explain(self, strip: int | None, place: int | None) -> None:
-        """Send contributions and maps of all photos, or, where they cost a pass a patch, of the one asked for."""
-        strips = self.explanation.get("strips") if self.explanation.get("serial") == self._serial else None
-        strips = [dict(found) for found in strips or [{} for _ in self._results]]
+        """Send all contributions, and the maps of all photos or, if those cost 48 passes each, of the one asked for."""
+        if self.explanation.get("serial") != self._serial:
+            self._explained = [{} for _ in self._results]
         for number, (name, table) in enumerate(self._results.items()):
-            model, paths = self._galleries[name].model, list(table["path"])
-            chosen = range(len(paths))
+            model, known = self._galleries[name].model, self._explained[number]
+            looked_at = range(len(table))
             if model.interaction is None:
-                chosen = [place] if strip == number and place in chosen else []
-            chosen = [photo for photo in chosen if str(photo) not in strips[number].get("photos", {})]
-            if chosen:
-                found = explain(model, _images(model, [paths[photo] for photo in chosen]), self.view["query"])
-                strips[number] = {
-                    "method": found.method,
-                    "rows": found.maps.shape[2],
-                    "cols": found.maps.shape[3],
-                    "photos": strips[number].get("photos", {}) | _sent(found, chosen),
+                looked_at = [place] if strip == number and place in looked_at else []
+            looked_at = [photo for photo in looked_at if "map" not in known.get("photos", {}).get(photo, {})]
+            if not known or looked_at:
+                found = explain(model, _images(model, list(table["path"])), self.view["query"], looked_at)
+                photos = {
+                    photo: known.get("photos", {}).get(photo, {}) | sent for photo, sent in _sent(found, looked_at)
                 }
+                rows, cols = found.maps.shape[2:]
+                self._explained[number] = {"method": found.method, "rows": rows, "cols": cols, "photos": photos}
+        strips = [found | {"photos": {str(k): v for k, v in found["photos"].items()}} for found in self._explained]
         self.explanation = {"serial": self._serial, "strips": strips}
 
     def _fill(self) -> None:
@@ -315,11 +315,10 @@ def _images(model, paths: list[str]) -> torch.Tensor:
     return load_images(paths, recipe("cuhk", _smoke=False).replace(image_height=height, image_width=width))
 
 
-def _sent(found, chosen: list[int]) -> dict[str, dict]:
-    """Each photo's contributions and maps as the page reads them: a byte a patch, the word's brightest is 255."""
+def _sent(found, looked_at: list[int]) -> Iterator[tuple[int, dict]]:
+    """Each photo's contributions and, where there is one, its map: a byte a patch, the word's brightest is 255."""
     brightest = found.maps.max(axis=(0, 2, 3), keepdims=True, initial=1e-12)
-    maps = np.round(255 * found.maps / brightest).astype(np.uint8)
-    return {
-        str(photo): {"words": found.contributions[row].tolist(), "map": base64.b64encode(maps[row].tobytes()).decode()}
-        for row, photo in enumerate(chosen)
-    }
+    maps = dict(zip(looked_at, np.round(255 * found.maps / brightest).astype(np.uint8), strict=True))
+    for photo, contributions in enumerate(found.contributions.tolist()):
+        map_ = {"map": base64.b64encode(maps[photo].tobytes()).decode()} if photo in maps else {}
+        yield photo, {"words": contributions} | map_

@@ -80,6 +80,14 @@ def test_without_interaction_encoder_light_is_where_covering_the_photo_costs_the
     assert found.maps.min() == 0
 
 
+@pytest.mark.parametrize("losses", ["sdm+mlm", "sdm"])
+def test_maps_of_some_photos_are_those_of_all(losses, images):
+    some, every = (explain(tiny(losses), images, "a man in jeans", rows) for rows in ([2], None))
+    assert np.allclose(some.maps[0], every.maps[2], atol=1e-6)
+    assert np.allclose(some.contributions, every.contributions, atol=1e-6)
+    assert explain(tiny(losses), images, "a man", []).maps.shape[:2] == (0, 2)
+
+
 def test_a_sentence_without_words_has_no_contributions(model, images):
     found = explain(model, images, "")
     assert found.words == []

@@ -9,7 +9,7 @@ import importlib
 _HOMES = {
     "recipes": "recipe Recipe RECIPES PRESETS notebook_parameters",
     "annotations": "load_annotations check_annotations",
-    "synthetic": "make_synthetic synthetic_ceiling",
+    "synthetic": "make_synthetic synthetic_ceiling open_annotations",
     "text": "tokenize",
     "images": "load_images",
     "model": "build_model IRRA Features",
@@ -23,7 +23,22 @@ _HOMES = {
     "explorer": "QueryExplorer",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
-_MODULES = ("plots", "runs")
+_MODULES = (
+    "recipes",
+    "annotations",
+    "synthetic",
+    "text",
+    "images",
+    "batches",
+    "model",
+    "losses",
+    "metrics",
+    "checkpoints",
+    "evaluation",
+    "runs",
+    "training",
+    "plots",
+)
 
 __all__ = [*_HOME, *_MODULES]
 __version__ = "0.1.0"

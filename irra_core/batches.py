@@ -10,7 +10,7 @@ from torch import Tensor
 
 from irra_core.images import augment, draw_augmentation
 from irra_core.recipes import Recipe
-from irra_core.text import mask_tokens, trim
+from irra_core.text import mask_tokens, masked_words, tokenize, trim
 
 ORDER, MASKS, AUGMENTATION = range(3)  # what is drawn: each has random numbers of its own
 
@@ -30,6 +30,15 @@ class Batch:
     labels: Int[Tensor, "b masked_length"]
     pids: Int[Tensor, " b"]
     rows: Int[Tensor, " b"]
+
+
+def sample_masked(annotations: DataFrame, recipe: Recipe, n: int = 5) -> list[tuple[list[str], list[str]]]:
+    """Some train captions as MLM reads them: (the words, the answers), an answer "" where nothing is asked."""
+    captions = annotations[annotations.split == "train"].caption.sample(n, random_state=recipe.seed)
+    masked, labels = mask_tokens(
+        tokenize(list(captions)), torch.Generator().manual_seed(recipe.seed), recipe.mask_probability
+    )
+    return [masked_words(*row) for row in zip(masked, labels, strict=True)]
 
 
 class Batches:

@@ -93,7 +93,7 @@ def rank_features(
     hard_pids: Collection[int] = (),
 ) -> Evaluation:
     """The evaluation of L2-normalised features, row by row those of the two tables."""
-    query_pids, gallery_pids = (torch.from_numpy(table.pid.to_numpy()) for table in (queries, photos))
+    query_pids, gallery_pids = (torch.tensor(table.pid.to_numpy()) for table in (queries, photos))
     found = query_metrics_from_features(text, image, query_pids, gallery_pids)
     back = query_metrics_from_features(image, text, gallery_pids, query_pids)
     hard = np.isin(queries.pid.to_numpy(), list(hard_pids))

@@ -116,6 +116,24 @@ def detokenize_words(tokens: Int[Tensor, " length"]) -> list[tuple[str, list[int
     return words
 
 
+def masked_words(masked: Int[Tensor, " length"], labels: Int[Tensor, " length"]) -> tuple[list[str], list[str]]:
+    """The words of one masked caption as MLM reads them, and beside each the word to predict ("" where none is)."""
+    words, answers = [], []
+    for word, positions in detokenize_words(torch.where(labels != 0, labels, masked)):
+        words.append("".join(_letters(int(masked[position])) for position in positions))
+        answers.append(word if labels[positions].any() else "")
+    return words, answers
+
+
+def _letters(token: int) -> str:
+    """What one token spells; the mask is "[MASK]"."""
+    bpe = _bpe()
+    if token == MASK_ID:
+        return "[MASK]"
+    letters = bpe.decoder[token].removesuffix("</w>")
+    return bytes(bpe.byte_decoder[letter] for letter in letters).decode("utf-8", errors="replace")
+
+
 def mask_tokens(
     tokens: Int[Tensor, "n length"],
     generator: Generator,

@@ -24,7 +24,7 @@ from irra_core.images import image_array
 from irra_core.losses import total_loss
 from irra_core.model import IRRA, build_model, general_weights
 from irra_core.recipes import Recipe, pretraining
-from irra_core.synthetic import make_synthetic, near_twins, synthetic_ceiling
+from irra_core.synthetic import make_synthetic, synthetic_ceiling, twin_pids
 from irra_core.text import tokenize
 
 READ_LOSSES_EVERY = 20  # steps; on a GPU reading a loss waits for it, so the bar is not moved at every step
@@ -106,6 +106,14 @@ def half_weights(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def trained_run(recipe: Recipe, annotations: DataFrame, progress=None) -> Path:
+    """The folder of the finished run of a recipe: loaded if it is there, resumed or trained if not."""
+    folder = runs.run_folder(recipe, runs.data_digest(annotations, recipe, progress)).path
+    for _ in train(recipe, annotations, folder, progress):
+        pass
+    return folder
+
+
 def pretrained_general(progress=None) -> Path:
     """The small CLIP's weights after InfoNCE on the domain `general`; rendered and trained once, then cached."""
     recipe = pretraining()
@@ -144,7 +152,7 @@ class _Run:
             half_weights(self.model)
         self.optimiser = build_optimiser(self.model, recipe)
         self.step, self.history, self.best, self.seconds = 0, [], _Best(0, -math.inf), {"training": 0.0}
-        self.hard_pids = set(near_twins(annotations)) if recipe.dataset.startswith("synthetic") else set()
+        self.hard_pids = twin_pids(annotations, recipe)
         self.total = min(recipe.epochs * self.batches.steps_per_epoch, recipe.max_steps or math.inf)
         self.every = recipe.evaluate_every or self.batches.steps_per_epoch
         self.resume()

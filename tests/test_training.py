@@ -35,18 +35,22 @@ def test_every_parameter_has_the_released_learning_rate_and_decay_in_four_groups
     names = official_names(model)
     assert {names[name] for name, _ in model.named_parameters()} == set(expected)
     for name, parameter in model.named_parameters():
-        assert ours[parameter] == pytest.approx(expected[names[name]]), name
+        *numbers, betas = ours[parameter]
+        *theirs, their_betas = expected[names[name]]
+        assert (numbers, betas) == (pytest.approx(theirs), their_betas), name
     assert len(optimiser.param_groups) == 4
 
 
 def official_names(model):
     """Our parameter's name → the released file's, through what save_official would write."""
-    from irra_core.checkpoints import official_name
+    from irra_core.checkpoints import released_name
 
-    return {name: official_name(name) for name, _ in model.named_parameters()}
+    return {name: released_name(name) for name, _ in model.named_parameters()}
 
 
 def test_twenty_steps_follow_the_released_losses():
+    """Rounding grows about twofold a step here: in float64 the last losses differ from the released fp32 ones by 1.4 %,
+    in fp32 by 0.4 to 1.3 % with the number of threads. So the first steps are held tightly, the last ones loosely."""
     given = np.load(REFERENCE / "irra_reference.npz")
     model = irra.load_official(REFERENCE / "irra_tiny.pth", (64, 32), 16)
     recipe = irra.recipe("cuhk", preset="released", lr=1e-3, precision="fp32")
@@ -56,7 +60,9 @@ def test_twenty_steps_follow_the_released_losses():
     for step, expected in enumerate(given["traj_losses"]):
         *batch, pids = batches[step % 4]
         parts = total_loss(model(*batch), pids, recipe)
-        assert [parts[name].item() for name in ("sdm", "id", "mlm")] == pytest.approx(expected, rel=0.01), step
+        assert [parts[name].item() for name in ("sdm", "id", "mlm")] == pytest.approx(
+            expected, rel=1e-3 if step < 10 else 0.02
+        ), step
         optimiser.zero_grad()
         sum(parts.values()).backward()
         optimiser.step()

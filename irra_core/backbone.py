@@ -3,11 +3,16 @@
 import json
 import math
 import pickle
+import socket
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import open_clip
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import ENDPOINT
 from jaxtyping import Float
 from open_clip.model import CLIP
 from safetensors import SafetensorError, safe_open
@@ -94,22 +99,32 @@ def resize_positions(
 
 
 def download(backbone: str, tag: str) -> Path:
-    """The file of an open_clip tag, in open_clip's own cache."""
+    """The file of an open_clip tag: the one in the hub's cache, or downloaded by open_clip into it.
+
+    Raises ValueError for a tag that the backbone does not have or that does not suit it, and FileNotFoundError, which
+    says what to put where, when it cannot be had.
+    """
     source = open_clip.get_pretrained_cfg(backbone, tag)
     if not source:
         raise unknown(f"pretrained (a tag of {backbone})", tag, open_clip.list_pretrained_tags_by_model(backbone))
     if source.get("quick_gelu", False) != open_clip.get_model_config(backbone).get("quick_gelu", False):
         other = backbone.removesuffix("-quickgelu") if backbone.endswith("-quickgelu") else f"{backbone}-quickgelu"
         raise ValueError(f"pretrained {tag!r} has another activation than backbone {backbone!r}: take {other!r}")
+    if tuple(source["mean"]) != open_clip.OPENAI_DATASET_MEAN:
+        raise ValueError(f"pretrained {tag!r} expects images with mean {source['mean']}, not CLIP's: take another tag")
+    place, name = source.get("hf_hub", "").rstrip("/"), "open_clip_model.safetensors"
+    cached = try_to_load_from_cache(place, name) if place else None
+    if isinstance(cached, str):
+        return Path(cached)
     try:
+        if not getproxies():  # without a name server the hub would retry for a minute
+            socket.getaddrinfo(urlsplit(ENDPOINT).hostname, 443)
         return Path(open_clip.download_pretrained(source))
     except Exception as error:
-        place = source.get("hf_hub", "").rstrip("/") or source["url"]
-        name = "open_clip_model.safetensors" if source.get("hf_hub") else source["url"].rsplit("/", 1)[1]
         raise FileNotFoundError(
-            f"pretrained {tag!r} of {backbone} could not be downloaded ({type(error).__name__}: {error}). On a machine "
-            f"with network, get {name} from {place}, put it into {project_root() / 'data' / name} and give its path: "
-            f"-p pretrained data/{name}; or take pretrained 'none', random weights"
+            f"pretrained {tag!r} of {backbone} could not be downloaded ({type(error).__name__}: {error}). Where there "
+            f"is network, get {name} of {place or source['url']}, put it into {project_root() / 'data'} and give its "
+            f"path: -p pretrained data/{name}; or take pretrained 'none', random weights"
         ) from error
 
 

@@ -245,6 +245,7 @@ def build_model(recipe: Recipe, num_ids: int, weights: Path | None = None) -> IR
     FileNotFoundError for weights that are not there.
     """
     config = configuration(recipe.backbone)
+    file = None if recipe.pretrained == "none" else _pretrained_file(recipe, weights)
     with seeded(recipe.seed):
         clip = new_clip(config, (recipe.image_height, recipe.image_width), recipe.stride)
         model = IRRA(
@@ -254,8 +255,8 @@ def build_model(recipe: Recipe, num_ids: int, weights: Path | None = None) -> IR
             recipe.interaction_depth,
             recipe.padding_attention,
         )
-    if recipe.pretrained != "none":
-        load_clip_weights(clip, _pretrained_file(recipe, weights))
+    if file is not None:
+        load_clip_weights(clip, file)
     return model
 
 

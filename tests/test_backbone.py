@@ -1,0 +1,285 @@
+"""Weights files of every make that people have, the position resize, and what happens when a file is not there."""
+
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+import irra_core as irra
+from irra_core import backbone
+from irra_core.backbone import configuration, load_clip_weights, new_clip, resize_positions
+
+REFERENCE = np.load(Path(__file__).parent / "reference" / "irra_reference.npz")
+TINY = {
+    "embed_dim": 64,
+    "quick_gelu": True,
+    "vision_cfg": {"layers": 2, "width": 64, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 120, "width": 64, "heads": 1, "layers": 1},
+}
+
+
+def tiny(image_size=(32, 32), stride=8, seed=0):
+    torch.manual_seed(seed)
+    return new_clip(TINY, image_size, stride)
+
+
+def images(height, width, count=2):
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def test_positions_resize_as_the_released_code_does():
+    found = resize_positions(torch.from_numpy(REFERENCE["pos_in"]), 24, 8)
+    np.testing.assert_allclose(found.numpy(), REFERENCE["pos_24x8"], atol=1e-6)
+
+
+def test_each_resized_position_is_the_bilinear_mean_of_its_neighbours():
+    grid = torch.arange(4.0)[:, None] * 10 + torch.arange(3.0)  # a plane: 10 row + col
+    embedding = torch.cat([torch.tensor([[-1.0]]), grid.reshape(-1, 1)])
+    found = resize_positions(embedding, 8, 3, source=(4, 3))
+    rows = ((torch.arange(8.0) + 0.5) / 2 - 0.5).clamp(0, 3)
+    assert found[0] == -1
+    torch.testing.assert_close(found[1:].reshape(8, 3), rows[:, None] * 10 + torch.arange(3.0))
+
+
+def test_positions_of_the_same_grid_are_left_alone():
+    embedding = torch.randn(13, 4)
+    assert torch.equal(resize_positions(embedding, 6, 2), embedding)
+
+
+def test_positions_that_form_no_known_grid_are_refused():
+    with pytest.raises(ValueError, match="12 patch positions are no 3×3 grid: they fit no 5×5 grid"):
+        resize_positions(torch.randn(13, 4), 5, 5)
+
+
+def test_overlapping_patches_are_the_crops_a_stride_apart():
+    clip = tiny((32, 20), stride=6)
+    assert clip.visual.grid_size == (5, 3)
+    pictures = images(32, 20)
+    apart = torch.cat(  # the same patches laid side by side, for a model that knows no overlap
+        [torch.cat([pictures[:, :, r : r + 8, c : c + 8] for c in (0, 6, 12)], 3) for r in (0, 6, 12, 18, 24)], 2
+    )
+    plain = tiny((40, 24))
+    plain.load_state_dict(clip.state_dict())
+    torch.testing.assert_close(clip.encode_image(pictures), plain.encode_image(apart), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stride", [9, 40])
+def test_a_stride_that_skips_pixels_is_refused(stride):
+    with pytest.raises(ValueError, match=f"stride {stride}, patch 8, image 32×32: accepted is stride ≤ patch ≤ image"):
+        tiny(stride=stride)
+
+
+def test_the_temperature_is_no_parameter_of_the_model():
+    assert not any("logit_scale" in name for name, _ in tiny().named_parameters())
+    assert tiny()(images(32, 32), torch.ones(2, 77, dtype=torch.long))[2] > 0  # open_clip's own forward still works
+
+
+MAKES = {
+    "a plain state dict": lambda state: state,
+    "under state_dict, from DataParallel": lambda state: {
+        "epoch": 3,
+        "state_dict": {f"module.{name}": value for name, value in state.items()},
+    },
+    "of the released code": lambda state: {
+        "model": {f"base_model.{n}": v for n, v in state.items() if n != "logit_scale"}
+        | {"classifier.bias": torch.ones(3)}
+    },
+    "of this library": lambda state: (
+        {f"clip.{name}": value for name, value in state.items()} | {"interaction.ln_post.weight": torch.ones(64)}
+    ),
+    "with the text encoder apart": lambda state: {
+        name if name.startswith(("visual.", "logit_scale")) else f"text.{name}": value for name, value in state.items()
+    },
+    "from OpenAI": lambda state: state | {"input_resolution": torch.tensor(32), "context_length": torch.tensor(77)},
+}
+
+
+@pytest.mark.parametrize("make", MAKES)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_weights_file_gives_its_weights(make, suffix, tmp_path):
+    source, target, path = tiny(seed=1), tiny(seed=2), tmp_path / f"weights{suffix}"
+    content = MAKES[make](source.state_dict())
+    if suffix == ".pt":
+        torch.save(content, path)
+    else:
+        save_file(next((v for v in content.values() if isinstance(v, dict)), content), path)
+    load_clip_weights(target, path)
+    tokens = torch.tensor([[1, 5, 9, 119, *[0] * 73]])
+    assert torch.equal(target.encode_image(images(32, 32)), source.encode_image(images(32, 32)))
+    assert torch.equal(target.encode_text(tokens), source.encode_text(tokens))
+
+
+def test_half_precision_weights_are_read_into_single_precision(tmp_path):
+    source = tiny(seed=1).half()
+    torch.save(source.state_dict(), tmp_path / "half.pt")
+    target = tiny(seed=2)
+    load_clip_weights(target, tmp_path / "half.pt")
+    assert target.visual.proj.dtype == torch.float32
+    assert torch.equal(target.visual.proj, source.visual.proj.float())
+
+
+def test_positions_are_resized_on_the_way_in_and_never_by_open_clip(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("open_clip resized the positions")
+
+    monkeypatch.setattr("open_clip.model.resize_pos_embed", refuse)
+    monkeypatch.setattr("open_clip.factory.resize_pos_embed", refuse)
+    source, target = tiny(seed=1), tiny((48, 16), stride=4, seed=2)
+    torch.save(source.state_dict(), tmp_path / "square.pt")
+    load_clip_weights(target, tmp_path / "square.pt")
+    grid = source.visual.positional_embedding[1:].reshape(4, 4, 64).permute(2, 0, 1)[None]
+    expected = F.interpolate(grid, (11, 3), mode="bilinear")[0].flatten(1).T
+    torch.testing.assert_close(target.visual.positional_embedding[1:], expected)
+    assert torch.equal(target.visual.positional_embedding[0], source.visual.positional_embedding[0])
+
+
+def test_a_checkpoint_of_this_library_is_resized_from_its_own_grid(tmp_path):
+    recipe = irra.recipe(pretrained="none", losses="sdm", seed=1)
+    model = irra.build_model(recipe, 3)
+    irra.save_checkpoint(model, recipe, tmp_path / "tall.safetensors")
+    wide = recipe.replace(pretrained=str(tmp_path / "tall.safetensors"), image_height=48, image_width=64)
+    found = irra.build_model(wide, 3).clip.visual.positional_embedding
+    expected = resize_positions(model.clip.visual.positional_embedding, 6, 8, source=(12, 4))
+    assert torch.equal(found, expected)
+
+
+def test_tensors_that_do_not_fit_are_named_each(tmp_path):
+    state = tiny().state_dict()
+    state["visual.conv2.weight"] = state.pop("visual.conv1.weight")
+    state["ln_final.bias"] = torch.zeros(65)
+    torch.save(state, tmp_path / "bad.pt")
+    with pytest.raises(ValueError, match=r"bad\.pt does not fit the model") as caught:
+        load_clip_weights(tiny(), tmp_path / "bad.pt")
+    for part in ("conv1.weight is missing", "conv2.weight is left over", r"ln_final.bias is (65,), wanted (64,)"):
+        assert part in str(caught.value)
+
+
+def test_nothing_of_a_file_that_does_not_fit_is_taken_over(tmp_path):
+    state = tiny(seed=1).state_dict()
+    del state["visual.proj"]
+    torch.save(state, tmp_path / "part.pt")
+    clip = tiny(seed=2)
+    before = {name: value.clone() for name, value in clip.state_dict().items()}
+    with pytest.raises(ValueError, match=r"visual\.proj is missing"):
+        load_clip_weights(clip, tmp_path / "part.pt")
+    assert all(torch.equal(value, before[name]) for name, value in clip.state_dict().items())
+
+
+class Trap:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path):
+    torch.save({"model": Trap(tmp_path / "run")}, tmp_path / "trap.pth")
+    with pytest.raises(ValueError, match="without running code"):
+        load_clip_weights(tiny(), tmp_path / "trap.pth")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:'torch.load' received")
+def test_a_torchscript_file_is_refused_with_the_way_to_convert_it(tmp_path):
+    torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)).save(tmp_path / "ViT-B-16.pt")
+    with pytest.raises(ValueError, match=r"torch\.save\(torch\.jit\.load\(path\)\.state_dict\(\)"):
+        load_clip_weights(tiny(), tmp_path / "ViT-B-16.pt")
+
+
+@pytest.mark.parametrize("name", ["cut.pt", "cut.safetensors"])
+def test_a_file_cut_short_is_named_with_its_size(name, tmp_path):
+    (tmp_path / name).write_bytes(b"\x50\x4b\x03\x04" + b"0" * 60)
+    with pytest.raises(ValueError, match=rf"{name} \(64 bytes\) is not a weights file"):
+        load_clip_weights(tiny(), tmp_path / name)
+
+
+def test_a_file_that_is_not_there_is_named():
+    with pytest.raises(FileNotFoundError, match=r"pretrained 'no/such.pt': there is no such file"):
+        irra.build_model(irra.recipe(pretrained="no/such.pt"), 3)
+
+
+def test_general_weights_that_were_not_made_say_who_makes_them(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"'general': .*\.safetensors is not there\. Training makes it"):
+        irra.build_model(irra.recipe(pretrained="general"), 3)
+
+
+def test_general_weights_are_read_from_the_file_that_is_given(tmp_path):
+    made = irra.recipe(pretrained="none", losses="itc", seed=7)
+    source = irra.build_model(made, 3)
+    irra.save_checkpoint(source, made, tmp_path / "general.safetensors")
+    model = irra.build_model(irra.recipe(pretrained="general"), 3, weights=tmp_path / "general.safetensors")
+    for name, value in model.clip.state_dict().items():
+        assert torch.equal(value, source.clip.state_dict()[name]), name
+
+
+def test_without_network_the_error_says_which_file_to_put_where(monkeypatch):
+    def fail(*_, **__):
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(backbone, "getproxies", lambda: {"https": "a proxy, so that no name is looked up"})
+    monkeypatch.setattr(open_clip, "download_pretrained", fail)
+    with pytest.raises(FileNotFoundError) as caught:
+        backbone.download("ViT-B-16-quickgelu", "openai")
+    for part in ("no route to the hub", "get open_clip_model.safetensors of", "put it into", "-p pretrained data/"):
+        assert part in str(caught.value)
+
+
+def test_a_tag_stands_for_the_file_that_open_clip_downloads(monkeypatch):
+    monkeypatch.setattr(backbone, "getproxies", lambda: {"https": "a proxy"})
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda source: f"/cache/{source['hf_hub']}file.safetensors")
+    found = backbone.download("ViT-B-16-quickgelu", "openai")
+    assert found == Path("/cache/timm/vit_base_patch16_clip_224.openai/file.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "tag", "message"),
+    [
+        ("ViT-B-16-quickgelu", "opnai", "did you mean 'openai'"),
+        ("ViT-B-16", "openai", "another activation than backbone 'ViT-B-16': take 'ViT-B-16-quickgelu'"),
+        ("ViT-L-14", "laion2b_s32b_b82k", r"expects images with mean \(0.5, 0.5, 0.5\)"),
+    ],
+)
+def test_a_tag_that_does_not_suit_the_backbone_is_refused(name, tag, message):
+    with pytest.raises(ValueError, match=message):
+        backbone.download(name, tag)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("RN50", "image encoder is not CLIP's"),
+        ("ViT-B-16-SigLIP", "image encoder is not CLIP's"),
+        ("EVA02-B-16", "image encoder is not CLIP's"),
+        ("coca_ViT-B-32", "its text encoder is not CLIP's"),
+        ("roberta-ViT-B-32", "its text encoder is not CLIP's"),
+        ("nllb-clip-base", "its text encoder is not CLIP's"),
+        ("ViT-H-14-CLIPA", "its text encoder is not CLIP's"),
+    ],
+)
+def test_a_backbone_that_irra_cannot_use_is_refused_with_the_reason(name, reason):
+    with pytest.raises(ValueError, match=f"backbone '{name}' is not supported: .*{reason}"):
+        configuration(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "grid", "width", "parameters"),
+    [
+        ("ViT-B-16-quickgelu", (24, 8), 512, 149.6e6),
+        ("ViT-B-32", (12, 4), 512, 151e6),
+        ("ViT-L-14", (27, 9), 768, 427e6),
+    ],
+)
+def test_backbones_by_name_have_the_size_that_open_clip_gives_them(name, grid, width, parameters):
+    with torch.device("meta"):
+        patch = configuration(name)["vision_cfg"]["patch_size"]
+        clip = new_clip(configuration(name), (384, 128), patch)
+    assert clip.visual.grid_size == grid
+    assert clip.text_projection.shape[1] == width
+    assert sum(p.numel() for p in clip.parameters()) == pytest.approx(parameters, rel=0.01)

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from irra_core.evaluation import encode_images, encode_texts
 from irra_core.images import _decoded
+from irra_core.milvus import Milvus, is_milvus
 from irra_core.nearest import GRAPH, Memory, Shard, replace_file
 from irra_core.recipes import Recipe, unknown
 from irra_core.runs import write_text
@@ -35,7 +36,7 @@ class Gallery:
     `Gallery.build` makes one, `Gallery.load` opens one. `unreadable` lists the files that were skipped (path, reason).
     """
 
-    def __init__(self, model, store: Memory, precision: str = "auto"):
+    def __init__(self, model, store: Memory | Milvus, precision: str = "auto"):
         self.model, self.precision = model, precision
         self.unreadable = DataFrame({"path": [], "reason": []}, dtype="str")
         self._store = store
@@ -55,14 +56,22 @@ class Gallery:
 
         A folder is searched with its subfolders for files that end like pictures. `index` is `exact`, or `hnsw`: faster
         and approximate (see `recall`). With `folder` every 1,024 photos are written there and a second call goes on
-        where the first was interrupted. `recipe` gives the arithmetic (`precision`). Raises ValueError when there is
-        no readable photo, or when folder or recipe belong to another model.
+        where the first was interrupted. With `url` the gallery is kept in Milvus, and goes on there: a path ending in
+        .db is embedded Milvus Lite, http://… a server or a cluster, and #name behind either one of several galleries.
+        `recipe` gives the arithmetic (`precision`). Raises ValueError when there is no readable photo, or when folder,
+        url or recipe belong to another model.
         """
         _check_index(index)
         _check_recipe(model, recipe)
+        if url and (folder or not is_milvus(url)):
+            raise ValueError(
+                f"url is {url!r} and folder {folder!r}: accepted is one, url a path ending in .db or http://…"
+            )
         head = Path(folder) / HEAD if folder else None
         if head and head.is_file():
             gallery = cls.load(folder, model, index)
+        elif url:
+            gallery = cls(model, Milvus(url, _width(model), index, model_fingerprint(model)))
         else:
             gallery = cls(model, Memory(_width(model), index))
         gallery.precision = recipe.precision if recipe else "auto"
@@ -170,6 +179,8 @@ class Gallery:
 
         A gallery that is there is replaced. Raises ValueError for a folder that holds something else.
         """
+        if isinstance(self._store, Milvus):
+            raise ValueError(f"the gallery is kept in {self._store.url}: Gallery.load(url, model) opens it")
         folder = Path(folder)
         _check_free(folder)
         aside, old = (folder.with_name(f"{folder.name}.{word}-{os.getpid()}") for word in ("partial", "old"))
@@ -180,16 +191,22 @@ class Gallery:
             if folder.exists():
                 folder.replace(old)
             aside.replace(folder)
-        finally:
+        except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
+            if old.exists() and not folder.exists():
+                old.replace(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
 
     @classmethod
     def load(cls, folder: str | Path, model, index: str | None = None) -> "Gallery":
         """The gallery that `save`, or `build` with a folder, wrote; `index` replaces the one it had.
 
-        Every file is checked before it is used. Raises ValueError when one is damaged or another model wrote them.
+        Every file is checked before it is used. The url of a gallery in Milvus opens that one. Raises ValueError when a
+        file is damaged or another model made the gallery, FileNotFoundError when there is none.
         """
+        if is_milvus(folder):
+            return cls(model, Milvus(str(folder), _width(model), index, model_fingerprint(model)))
         folder = Path(folder)
         head = _read_head(folder / HEAD, model)
         store = Memory(head["dim"], _check_index(index or head["index"]))
@@ -293,11 +310,12 @@ def _encoded(model, photos: DataFrame, precision: str, unreadable: list[tuple[st
     try:
         for start in range(0, len(photos), SHARD):
             shard = photos[start : start + SHARD]
-            pixels = list(_decoded(list(shard.path), *model.image_size))
-            readable = np.array([not isinstance(image, str) for image in pixels])
-            unreadable += [(path, why) for path, why in zip(shard.path, pixels, strict=True) if isinstance(why, str)]
+            images = list(_decoded(list(shard.path), *model.image_size))
+            readable = np.array([not isinstance(image, str) for image in images])
+            unreadable += [(path, why) for path, why in zip(shard.path, images, strict=True) if isinstance(why, str)]
             if readable.any():
-                shown = np.stack([image for image in pixels if not isinstance(image, str)])
+                content = bytearray().join(image.pixels for image in images if not isinstance(image, str))
+                shown = np.frombuffer(content, np.uint8).reshape(-1, 3, *model.image_size)
                 features = encode_images(model, shown, precision=precision).numpy()
                 _check_finite(features, list(shard.path[readable]))
                 yield shard[readable].reset_index(drop=True), features

@@ -108,7 +108,7 @@ def load_official(path: str | Path, image_size: Sequence[int] = (384, 128), stri
     shape = _infer(tensors, path)
     image_size, patch = (image_size[0], image_size[1]), shape["patch size"]
     _check_positions(shape["image positions"] - 1, image_size, patch, stride, path)
-    text = {"context_length": shape["text positions"], "vocab_size": shape["vocabulary"], "width": shape["text width"]}
+    text = {"context_length": 77, "vocab_size": shape["vocabulary"], "width": shape["text width"]}
     config = {
         "embed_dim": shape["feature width"],
         "quick_gelu": True,
@@ -215,7 +215,6 @@ _EVIDENCE = {
     ],
     "patch size": [("base_model.visual.conv1.weight", 2), ("base_model.visual.conv1.weight", 3)],
     "image positions": [("base_model.visual.positional_embedding", 0)],
-    "text positions": [("base_model.positional_embedding", 0)],
     "vocabulary": [
         ("base_model.token_embedding.weight", 0),
         ("mlm_head.fc.weight", 0),
@@ -243,7 +242,7 @@ def _check_positions(positions: int, image_size: tuple[int, int], patch: int, st
         sizes.sort(key=lambda size: abs(size[0] / size[1] - image_size[0] / image_size[1]))
         fitting.append(f"at stride {step} " + ", ".join(f"{height}×{width}" for height, width in sizes[:6]))
     raise ValueError(
-        f"{path} has {positions} image positions: image size {image_size[0]}×{image_size[1]} at stride {stride} makes "
+        f"{path}: base_model.visual.positional_embedding has {positions} patches: image size {image_size[0]}×{image_size[1]} at stride {stride} makes "
         f"{rows}×{cols} = {rows * cols} patches. What fits: {'; '.join(fitting)}"
     )
 

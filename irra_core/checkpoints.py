@@ -242,8 +242,9 @@ def _check_positions(positions: int, image_size: tuple[int, int], patch: int, st
         sizes.sort(key=lambda size: abs(size[0] / size[1] - image_size[0] / image_size[1]))
         fitting.append(f"at stride {step} " + ", ".join(f"{height}×{width}" for height, width in sizes[:6]))
     raise ValueError(
-        f"{path}: base_model.visual.positional_embedding has {positions} patches: image size {image_size[0]}×{image_size[1]} at stride {stride} makes "
-        f"{rows}×{cols} = {rows * cols} patches. What fits: {'; '.join(fitting)}"
+        f"{path}: base_model.visual.positional_embedding has {positions} patches: image size "
+        f"{image_size[0]}×{image_size[1]} at stride {stride} makes {rows}×{cols} = {rows * cols} patches. "
+        f"What fits: {'; '.join(fitting)}"
     )
 
 

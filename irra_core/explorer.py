@@ -88,10 +88,11 @@ class QueryExplorer(anywidget.AnyWidget):
         lines = -(-self.k // 10)
         figure = Figure(figsize=(plots.WIDTH, 4.3 * lines * len(self._results)), layout="constrained")
         truth = None if self._truth is None else self._truth["path"]
-        for (name, table), ax in zip(self._results.items(), figure.subplots(len(self._results), squeeze=False)[:, 0]):
+        axes = figure.subplots(len(self._results), squeeze=False)[:, 0]
+        for (name, table), ax in zip(self._results.items(), axes, strict=True):
             plots.ranking(table, truth=truth, ax=ax)
-            if name:
-                ax.set_title(f"{name}: {ax.get_title(loc='left')}", loc="left", fontsize=12, pad=28, parse_math=False)
+            title = "\n".join(part for part in (ax.get_title(loc="left") if ax is axes[0] else "", name) if part)
+            ax.set_title(title, loc="left", fontsize=12, pad=28, parse_math=False)
         return figure
 
     def save(self, folder: str | Path | None = None) -> Path:

@@ -89,7 +89,7 @@ def _draw_result(ax: Axes, row, x: float, y: float, tall: float) -> None:
     _draw_photo(ax, row.path, x, y, tall, frame=color if known else None)
     mark = "" if not known else "  ✓" if verdict else "  ✗"
     _write(ax, x, y + tall, 5, f"{row.rank}{mark}", size=10, color=color if known else INK, weight="bold")
-    _write(ax, x, y, -5, f"{row.score:.3f}", size=9)
+    _write(ax, x, y, -5, f"{row.score:.3f}".replace("-", "−"), size=9)
     if "pid" in row._fields and not pd.isna(row.pid):
         _write(ax, x, y, -18, f"id {row.pid}", size=8, color=QUIET)
 

@@ -52,7 +52,7 @@ def drawn_colors(ax):
 def test_ranking_draws_the_photos_from_the_first_rank_to_the_last(results):
     ax = plots.ranking(results, ax=Figure().subplots())
     assert drawn_colors(ax) == COLORS
-    assert [text for text in texts(ax) if text[0] in "-0"] == ["0.900", "0.700", "0.300", "-0.100"]
+    assert [text for text in texts(ax) if text[0] in "−0"] == ["0.900", "0.700", "0.300", "−0.100"]
 
 
 def test_ranking_frames_right_green_and_wrong_red_and_says_so_without_colour(results):

@@ -1,0 +1,93 @@
+"""The train notebook as its users run it: papermill, from any folder, on each layout and on own data, and mistaken."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+from irra_core import runs
+from irra_core.annotations import load_annotations
+from irra_core.synthetic import make_synthetic
+
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+SHORT = ["-p", "backbone", "small", "-p", "pretrained", "none", "-p", "batch_size", "8", "-p", "max_steps", "2"]
+
+
+def papermill(*arguments, cwd=NOTEBOOKS, notebook: Path | str = "train.ipynb", **environment):
+    """What a user's `papermill train.ipynb out.ipynb …` returns."""
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(notebook), *map(str, arguments)]
+    environment = os.environ | {name: str(value) for name, value in environment.items()}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def own_json(root):
+    """Own data: the JSON schema of the data sets, photos in imgs/ beside it."""
+    folder = make_synthetic(root, layout="rstp", people=12)
+    return (folder / "data_captions.json").rename(folder / "mine.json")
+
+
+def own_csv(root):
+    """Own data: a CSV with columns path, caption, id and no split."""
+    folder = make_synthetic(root, layout="rstp", people=12)
+    table = load_annotations("rstp", root)
+    table = table.assign(path=[Path(path).relative_to(folder / "imgs") for path in table.path], id=table.pid)
+    table[["path", "caption", "id"]].to_csv(folder / "mine.csv", index=False)
+    return folder / "mine.csv"
+
+
+def written(layout, root):
+    make_synthetic(root, layout=layout, people=12)
+    return layout
+
+
+@pytest.mark.parametrize("layout", ["rstp", "cuhk", "icfg", "mine.json", "mine.csv"])
+def test_train_runs_on_each_official_layout_and_on_own_data(layout, tmp_path):
+    own = {"mine.json": own_json, "mine.csv": own_csv}
+    dataset = own[layout](tmp_path / "data") if layout in own else written(layout, tmp_path / "data")
+    ended = papermill(
+        tmp_path / "out.ipynb",
+        "-p",
+        "dataset",
+        dataset,
+        *SHORT,
+        IRRA_DATA=tmp_path / "data",
+        IRRA_REPORTS=tmp_path / "r",
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    cells = nbformat.read(tmp_path / "out.ipynb", 4).cells
+    assert not [output for cell in cells for output in cell.get("outputs", []) if output.output_type == "error"]
+    (metrics,) = (tmp_path / "r").glob("*/*/metrics.json")
+    kept = {path.name for path in metrics.parent.iterdir()}
+    assert kept >= {"recipe.json", "history.csv", "machine.json", "queries.csv", "training.svg", runs.WEIGHTS}
+    assert metrics.parent.parent.name.startswith(layout.split(".")[0])
+    found = json.loads(metrics.read_text())
+    captions = load_annotations(dataset, tmp_path / "data").query("split == 'test'")
+    assert (found["queries"], found["images"]) == (len(captions), captions.image_id.nunique())
+    assert len(pd.read_csv(metrics.parent / "history.csv")) == 1
+    assert (tmp_path / "r" / "latest").resolve() == metrics.parent
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-p", "datset", "rstp"], ["parameter 'datset' is unknown", "did you mean 'dataset'?", "temperature"]),
+        (["-p", "epochs", "five"], ["parameter 'epochs' is 'five'", "accepted is int"]),
+        (["-p", "dataset", "nosuch"], ["data set 'nosuch' is unknown", "cuhk", "rstp"]),
+        (["-p", "losses", "sdm+nosuch"], ["loss 'nosuch' is unknown", "itc"]),
+        (["-p", "dataset", "rstp"], ["RSTPReid", "data_captions.json", "Zhu et al.", "-p dataset synthetic"]),
+    ],
+    ids=["name", "type", "data set", "loss", "no data"],
+)
+def test_a_mistake_stops_the_notebook_with_one_clear_error(arguments, words, tmp_path):
+    ended = papermill("out.ipynb", *arguments, cwd=tmp_path, notebook=NOTEBOOKS / "train.ipynb")
+    assert ended.returncode != 0
+    for word in words:
+        assert word in ended.stderr
+    executed = nbformat.read(tmp_path / "out.ipynb", 4).cells
+    done = [cell for cell in executed if cell.cell_type == "code" and cell.execution_count]
+    assert len(done) <= (3 if "dataset" not in arguments or "nosuch" in arguments else 6)

@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow.parquet
-from jaxtyping import Float32
+from jaxtyping import Float32, UInt8
 from pandas import DataFrame
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from irra_core.evaluation import encode_images, encode_texts
-from irra_core.images import _decoded
+from irra_core.images import UnreadableImages, _decoded
 from irra_core.milvus import Milvus, is_milvus
 from irra_core.nearest import GRAPH, Memory, Shard, replace_file
 from irra_core.recipes import Recipe, unknown
+from irra_core.reranking import CANDIDATES, reciprocal_scores, word_scores
 from irra_core.runs import write_text
 
 FORMAT = 1  # of a gallery's folder
@@ -96,14 +97,42 @@ class Gallery:
     def __repr__(self) -> str:
         return f"Gallery({len(self):,} photos, {self._store})"
 
-    def search(self, text: str | Sequence[str], k: int = 10) -> DataFrame:
+    def search(self, text: str | Sequence[str], k: int = 10, rerank: str | None = None) -> DataFrame:
         """The k best photos for each sentence, best first: query, rank (from 1), score (cosine), path, pid, image_id.
 
-        A gallery of fewer photos gives all of them. Raises ValueError for an empty sentence or k below 1.
+        `rerank` orders the best 100 anew by their neighbours (`reciprocal`), or the best 20 by how well the sentence's
+        words follow from them (`words`, which looks at the photos again); the column `reranked` then has the scores of
+        that order. A gallery of fewer photos gives all of them. Raises ValueError for an empty sentence or k below 1.
         """
-        queries = _checked_queries(text)
-        scores, ids = self._store.nearest(self._encode(queries), _checked_k(k))
-        return self._ranking(queries, scores, ids)
+        queries, k = _checked_queries(text), _checked_k(k)
+        features = self._encode(queries)
+        if rerank is None:
+            return self._ranking(queries, *self._store.nearest(features, k))
+        if rerank not in CANDIDATES:
+            raise unknown("rerank", rerank, CANDIDATES)
+        scores, ids = self._store.nearest(features, max(k, CANDIDATES[rerank]))
+        second = np.full_like(scores, -np.inf)
+        for row, query in enumerate(queries):
+            found = np.isfinite(scores[row])
+            second[row, found] = self._second_look(rerank, query, scores[row, found], ids[row, found])
+        best = np.argsort(-second, axis=1, kind="stable")[:, :k]
+        scores, ids, second = (np.take_along_axis(each, best, 1) for each in (scores, ids, second))
+        return self._ranking(queries, scores, ids, second)
+
+    def _second_look(self, rerank: str, query: str, scores: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """The photos' scores under a re-ranking; beyond its candidates the order stays."""
+        if not len(scores):
+            return scores
+        first = slice(CANDIDATES[rerank])
+        if rerank == "reciprocal":
+            found = reciprocal_scores(scores[first], self._store.features_of(ids[first]))
+        else:
+            paths = list(self._store.rows(ids[first]).path)
+            pixels, unreadable = _read(paths, self.model.image_size)
+            if unreadable:
+                raise UnreadableImages(unreadable)
+            found = word_scores(self.model, query, pixels, scores[first], self.precision)
+        return np.append(found, found.min() - (scores[first].min() - scores[len(found) :]))
 
     def _encode(self, queries: list[str]) -> Float32[np.ndarray, "q dim"]:
         """The sentences' features, refused where they cannot be compared with the photos'."""
@@ -116,15 +145,20 @@ class Gallery:
         _check_finite(features, queries)
         return features
 
-    def _ranking(self, queries: list[str], scores: np.ndarray, ids: np.ndarray) -> DataFrame:
+    def _ranking(
+        self, queries: list[str], scores: np.ndarray, ids: np.ndarray, second: np.ndarray | None = None
+    ) -> DataFrame:
         """The tidy table of the hits; equal scores in the order of the ids."""
-        order = np.lexsort((ids, -scores))
+        order = np.lexsort((ids, -(scores if second is None else second)))
         scores, ids = np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
         query, place = np.nonzero(np.isfinite(scores))  # an approximate index may find fewer than k
         found = self._store.rows(ids[query, place])
         ranked = DataFrame({"query": pd.array(queries, dtype="str")[query], "rank": place + 1})
         ranked["score"] = scores[query, place].astype(np.float64)
-        return ranked.assign(**{name: found[name].array for name in ("path", "pid", "image_id")})
+        ranked = ranked.assign(**{name: found[name].array for name in ("path", "pid", "image_id")})
+        if second is not None:
+            ranked["reranked"] = np.take_along_axis(second, order, 1)[query, place].astype(np.float64)
+        return ranked
 
     def recall(self, k: int = 10, queries: Sequence[str] | None = None) -> float:
         """The share of the true k best that the index finds: 1.0 for an exact one.
@@ -310,20 +344,26 @@ def _encoded(model, photos: DataFrame, precision: str, unreadable: list[tuple[st
     try:
         for start in range(0, len(photos), SHARD):
             shard = photos[start : start + SHARD]
-            images = list(_decoded(list(shard.path), *model.image_size))
-            readable = np.array([not isinstance(image, str) for image in images])
-            unreadable += [(path, why) for path, why in zip(shard.path, images, strict=True) if isinstance(why, str)]
-            if readable.any():
-                content = bytearray().join(image.pixels for image in images if not isinstance(image, str))
-                shown = np.frombuffer(content, np.uint8).reshape(-1, 3, *model.image_size)
-                features = encode_images(model, shown, precision=precision).numpy()
-                _check_finite(features, list(shard.path[readable]))
-                yield shard[readable].reset_index(drop=True), features
+            pixels, reasons = _read(list(shard.path), model.image_size)
+            unreadable += reasons.items()
+            if len(pixels):
+                shard = shard[~shard.path.isin(reasons)].reset_index(drop=True)
+                features = encode_images(model, pixels, precision=precision).numpy()
+                _check_finite(features, list(shard.path))
+                yield shard, features
             if bar:
-                bar.update(len(shard))
+                bar.update(len(pixels) + len(reasons))
     finally:
         if bar:
             bar.close()
+
+
+def _read(paths: list[str], size: tuple[int, int]) -> tuple[UInt8[np.ndarray, "n 3 h w"], dict[str, str]]:
+    """The photos that can be read, decoded, and why the others cannot."""
+    images = list(_decoded(paths, *size))
+    content = bytearray().join(image.pixels for image in images if not isinstance(image, str))
+    reasons = {path: image for path, image in zip(paths, images, strict=True) if isinstance(image, str)}
+    return np.frombuffer(content, np.uint8).reshape(-1, 3, *size), reasons
 
 
 def _written(shards: Iterable[Shard], folder: Path) -> Iterator[Shard]:

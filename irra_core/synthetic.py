@@ -23,11 +23,12 @@ from irra_core.recipes import DOMAINS, SMOKE_IDENTITIES, Recipe, smoke, unknown
 from irra_core.scenery import photograph
 from irra_core.sketch import Number, tone
 
-RENDERING = 1  # raised whenever the same seed would give other pixels, people or captions
+RENDERING = 2  # raised whenever the same seed would give other pixels, people or captions
 MARKER = "synthetic.json"  # lies beside the annotation file of rendered people and says how they were made
 VIEWS = ("front", "back", "side", "any")  # of an identity's images
 TWINS = 0.22  # hard-negative pairs for each identity: 176 among 800 people
 FEWEST = 12
+ALONE = 100  # photos up to this many are drawn by this process: starting workers would take longer
 LAYOUTS = {  # folder, annotation file, path field, first id, captions an image
     "synthetic": ("synthetic", "annotations.json", "img_path", 0, 2),
     "cuhk": ("CUHK-PEDES", "reid_raw.json", "file_path", 1, 2),
@@ -171,7 +172,7 @@ def _body(person: Person, rng: np.random.Generator) -> dict[str, Any]:
     woman = person["gender"] == "woman"
     build = float(rng.uniform(0.93, 1.09))
     return {
-        "skin": SKINS[int(rng.integers(len(SKINS)))],
+        "skin": SKINS[int(rng.integers(3 if person.get("hair_colour") in ("blonde", "red") else len(SKINS)))],
         "shoulders": build * (0.88 if woman else 1.0),
         "waist": build * (0.85 if woman else 1.0) * float(rng.uniform(0.96, 1.06)),
         "hips": build * (0.98 if woman else 0.96),
@@ -347,7 +348,7 @@ def _render(jobs: Sequence[tuple], progress: Any) -> list[dict[str, Any]]:
     pieces = [jobs[i : i + 16] for i in range(0, len(jobs), 16)]
     bar = progress(total=len(jobs), desc="rendering people", unit="image") if progress else contextlib.nullcontext()
     with bar as shown:
-        if cores == 1 or len(jobs) < 100:  # starting workers would take longer
+        if cores == 1 or len(jobs) < ALONE:
             done = []
             for piece in pieces:
                 done.append(_photos(piece))

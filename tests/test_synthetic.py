@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
@@ -13,7 +12,7 @@ from pandas import DataFrame
 from PIL import Image
 
 from irra_core import synthetic
-from irra_core.drawing import COLOURS, HEIGHT, WIDTH
+from irra_core.sketch import HEIGHT, WIDTH
 from irra_core.synthetic import attributes, make_synthetic, near_twins, synthetic_ceiling
 
 
@@ -40,9 +39,17 @@ def pixels(folder: Path) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
+@pytest.fixture
+def sketchy(monkeypatch):
+    """Grey photos: enough where the folder matters and not the picture."""
+    names = ("hat", "bag", "carried", "hair", "upper", "lower", "shoes")
+    grey = Image.new("RGB", (WIDTH, HEIGHT), "grey"), {name: [0, 0, 9, 9] for name in names}, []
+    monkeypatch.setattr(synthetic, "photograph", lambda *_: grey)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return make_synthetic(tmp_path_factory.mktemp("people"), people=16)
+    return make_synthetic(tmp_path_factory.mktemp("people"), people=12)
 
 
 def test_the_default_is_split_five_one_two_with_hard_negatives_in_every_split():
@@ -76,16 +83,16 @@ def test_no_two_people_of_a_split_look_alike():
 
 def test_a_seed_gives_the_same_bytes_on_one_core_and_on_two(tmp_path, monkeypatch):
     one, two = tmp_path / "one", tmp_path / "two"
-    monkeypatch.setattr(synthetic, "_cores", lambda: 1)
-    first = make_synthetic(one, people=30, seed=5)
+    first = make_synthetic(one, people=12, seed=5)
+    monkeypatch.setattr(synthetic, "ALONE", 0)
     monkeypatch.setattr(synthetic, "_cores", lambda: 2)
-    second = make_synthetic(two, people=30, seed=5)
+    second = make_synthetic(two, people=12, seed=5)
     assert pixels(first) == pixels(second)
     assert read(first) == read(second)
 
 
-def test_another_seed_gives_other_people(folder, tmp_path):
-    other = make_synthetic(tmp_path, people=16, seed=1)
+def test_another_seed_gives_other_people(folder, sketchy, tmp_path):
+    other = make_synthetic(tmp_path, people=12, seed=1)
     assert [r["attributes"] for r in read(other)] != [r["attributes"] for r in read(folder)]
 
 
@@ -96,58 +103,11 @@ def test_images_have_the_size_of_the_paper_and_show_something(folder):
             assert np.asarray(image).std() > 15
 
 
-def test_boxes_lie_inside_the_image_and_name_what_the_person_has(folder):
+def test_captions_state_what_is_true_of_the_person(folder):
     for record in read(folder):
-        boxes = record["boxes"]
-        assert {"head", "torso", "upper", "left arm", "right leg"} <= set(boxes)
-        for x0, y0, x1, y1 in boxes.values():
-            assert 0 <= x0 < x1 <= WIDTH
-            assert 0 <= y0 < y1 <= HEIGHT
-        assert ("hat" in boxes) == (record["attributes"]["hat"] != "none")
-        assert boxes["head"][3] < boxes["shoes"][1]
-
-
-def test_the_box_of_a_plain_garment_holds_its_colour(folder):
-    distances, strangers = [], []
-    for record in read(folder):
-        person = record["attributes"]
-        if person.get("pattern", "plain") != "plain" or person["bag"] != "none":
-            continue
-        with Image.open(folder / "imgs" / record["img_path"]) as image:
-            x0, y0, x1, y1 = record["boxes"]["torso"]
-            middle = np.asarray(image)[(2 * y0 + y1) // 3 : (y0 + 2 * y1) // 3, (2 * x0 + x1) // 3 : (x0 + 2 * x1) // 3]
-        seen = np.median(middle.reshape(-1, 3), axis=0)
-        away = {name: np.abs(seen - rgb).sum() for name, rgb in COLOURS.items()}
-        distances.append(away[person["upper_colour"]])
-        strangers.append(np.mean(list(away.values())))
-    assert np.mean(distances) < 0.6 * np.mean(strangers)
-
-
-def test_captions_state_what_is_true_and_differ(folder):
-    for record in read(folder):
-        assert len(set(record["captions"])) == 2
-        for caption, stated in zip(record["captions"], record["caption_attributes"], strict=True):
+        assert len(set(record["captions"])) == len(record["caption_attributes"]) == 2
+        for stated in record["caption_attributes"]:
             assert stated.items() <= record["attributes"].items()
-            assert re.fullmatch(r"[A-Z][A-Za-z ,.-]+\.", caption), caption
-            assert not re.search(r"\ba [aeio]|\ban [^aeio]|\s\s|\s[,.]", caption), caption
-            for key, value in stated.items():
-                words = synthetic.WORDS["colour" if key.endswith("colour") else key][value]
-                assert any(all(part in caption.lower() for part in word.split("{}")) for word in words), (caption, key)
-
-
-def test_a_photo_from_behind_tells_no_face_and_no_chest():
-    person = {"gender": "man", "hair": "bald", "upper": "t-shirt", "upper_colour": "red", "pattern": "logo"}
-    person |= {"lower": "jeans", "lower_colour": "blue", "shoes": "boots", "shoe_colour": "black", "bag": "none"}
-    person |= {"hat": "none", "glasses": "yes", "carried": "phone"}
-    body = synthetic._body(person, np.random.default_rng(0))
-    stated = {}
-    for seed in range(6):
-        rng = np.random.default_rng(seed)
-        _, boxes, hidden = synthetic.photograph(synthetic._dressed(person, body), "back", "street", rng)
-        for _ in range(10):
-            stated |= synthetic._caption(person, synthetic._hidden_in("back", person, hidden, boxes), "street", rng)[1]
-    assert stated["lower_colour"] == "blue"
-    assert not {"glasses", "pattern", "carried"} & set(stated)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +118,7 @@ def test_a_photo_from_behind_tells_no_face_and_no_chest():
         ("rstp", "RSTPReid/data_captions.json", "img_path", 0),
     ],
 )
-def test_a_layout_is_that_of_the_official_files(tmp_path, layout, place, field, first):
+def test_a_layout_is_that_of_the_official_files(sketchy, tmp_path, layout, place, field, first):
     folder = make_synthetic(tmp_path, layout, people=12)
     records = json.loads((tmp_path / place).read_text())
     assert folder == (tmp_path / place).parent
@@ -172,11 +132,11 @@ def test_a_layout_is_that_of_the_official_files(tmp_path, layout, place, field, 
 
 def test_people_that_are_there_are_not_drawn_again(folder, monkeypatch):
     monkeypatch.setattr(synthetic, "_write", lambda *_: pytest.fail("drawn again"))
-    assert make_synthetic(folder.parent, people=16) == folder
+    assert make_synthetic(folder.parent, people=12) == folder
 
 
 def test_other_people_and_real_photos_are_never_overwritten(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"holds people 16 where people 20 was asked for.*another root"):
+    with pytest.raises(ValueError, match=r"holds people 12 where people 20 was asked for.*another root"):
         make_synthetic(folder.parent, people=20)
     real = tmp_path / "RSTPReid" / "imgs" / "0.jpg"
     real.parent.mkdir(parents=True)
@@ -206,7 +166,7 @@ def test_wrong_arguments_are_named(tmp_path, wrong, said):
         make_synthetic(tmp_path, **wrong)
 
 
-def test_progress_counts_every_image(tmp_path):
+def test_progress_counts_every_image(sketchy, tmp_path):
     class Bar:
         def __init__(self, total, **_):
             Bar.total, Bar.done = total, 0
@@ -226,7 +186,7 @@ def test_progress_counts_every_image(tmp_path):
 
 def test_attributes_and_near_twins_are_those_of_the_file(folder):
     records, rows = read(folder), attributes(table(folder))
-    assert len(rows) == len(records) == 64
+    assert len(rows) == len(records) == 48
     for record, row in zip(records, rows.itertuples(), strict=True):
         assert (row.pid, row.attributes, row.boxes) == (record["id"], record["attributes"], record["boxes"])
     assert near_twins(table(folder)) == {r["id"]: r["near_twins"] for r in records}

@@ -150,9 +150,8 @@ def tal_loss(
 
 def _triplets(scores: Float[Tensor, "n n"], same: Tensor, margin: float, tau: float) -> Float[Tensor, ""]:
     """Sum over the rows of one direction of tal_loss."""
-    least = torch.finfo(scores.dtype).min  # not −∞: a row of it would have no gradient
-    alpha = (scores / tau).masked_fill(~same, least).softmax(1).detach()
-    negative = tau * (scores / tau).masked_fill(same, least).logsumexp(1)
+    alpha = (scores / tau).masked_fill(~same, -torch.inf).softmax(1).detach()
+    negative = tau * (scores / tau).masked_fill(same, -torch.inf).logsumexp(1)
     return (margin - (alpha * scores).sum(1) + negative).clamp(min=0).sum()
 
 

@@ -87,7 +87,6 @@ def _raised(scores: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
 
 
-@torch.no_grad()
 def _ranked(
     scores_of: Callable[[Int[Tensor, " rows"]], Float[Tensor, "rows gallery"]],
     like: Tensor,

@@ -124,6 +124,12 @@ def test_the_global_random_state_is_neither_read_nor_moved(make, recipe):
     assert (torch.rand(1), np.random.rand()) == expected
 
 
+def test_order_masks_and_augmentation_draw_different_numbers_at_every_step(make, recipe):
+    batches = make(recipe)
+    generators = [batches._generator(kind, step) for kind in range(3) for step in range(50)]
+    assert len({tuple(torch.rand(2, generator=generator).tolist()) for generator in generators}) == 150
+
+
 def test_masks_do_not_depend_on_how_images_are_augmented(make, recipe):
     one, two = make(recipe).at(0), make(recipe.replace(flip_probability=0.0, crop_padding=0)).at(0)
     assert torch.equal(one.masked_tokens, two.masked_tokens)

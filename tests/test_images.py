@@ -565,6 +565,8 @@ def test_erased_boxes_are_distributed_as_torchvisions(recipe, size):
     area, share = ours[:, 2] * ours[:, 3], size[0] * size[1]
     assert area.min() > 0.015 * share
     assert area.max() < 0.42 * share
+    assert ours[:, :2].min() == 0  # to the very edges
+    assert (ours[:, :2] + ours[:, 2:]).max(0).tolist() == list(size)
     found = {
         "area": lambda box: box[:, 2] * box[:, 3],
         "aspect": lambda box: box[:, 2] / box[:, 3],

@@ -114,7 +114,7 @@ def test_scores_that_differ_only_in_float64_are_told_apart():
 
 def test_the_order_of_queries_and_gallery_and_a_rising_function_of_the_scores_change_nothing():
     similarity, query_pids, gallery_pids = gallery(decimals=1)
-    rows, columns = torch.randperm(40), torch.randperm(60)
+    rows, columns = (torch.randperm(n, generator=torch.Generator().manual_seed(n)) for n in (40, 60))
     shuffled = (similarity * 3 + 1)[rows][:, columns]
     got = query_metrics(shuffled, query_pids[rows], gallery_pids[columns])
     expected = query_metrics(similarity, query_pids, gallery_pids)
@@ -150,7 +150,9 @@ def test_features_in_chunks_have_the_metrics_of_the_whole_similarity(chunk, devi
 
 def test_features_that_carry_a_gradient_are_ranked_like_any_others():
     similarity, query_pids, gallery_pids = gallery()
-    query, items = (F.normalize(torch.randn(n, 8, requires_grad=True), dim=1) for n in similarity.shape)
+    numbers = torch.Generator().manual_seed(1)
+    leaves = [torch.randn(n, 8, generator=numbers, requires_grad=True) for n in similarity.shape]
+    query, items = (F.normalize(leaf, dim=1) for leaf in leaves)
     got = query_metrics_from_features(query, items, query_pids, gallery_pids)
     assert_equal(got, slow_query_metrics(query @ items.T, query_pids, gallery_pids))
     assert not got["AP"].requires_grad
@@ -191,7 +193,7 @@ def test_a_score_that_is_no_number_is_an_error_that_names_the_query():
         query_metrics(similarity, query_pids, gallery_pids)
 
 
-def test_a_similarity_turned_the_wrong_way_is_an_error_that_names_the_shapes(monkeypatch):
+def test_a_similarity_turned_the_wrong_way_is_an_error_that_names_the_shapes():
     similarity, query_pids, gallery_pids = gallery()
     unchecked = query_metrics.__wrapped__ if hasattr(query_metrics, "__wrapped__") else query_metrics
     with pytest.raises(ValueError, match=r"similarity is \(60, 40\), but there are 40 query_pids and 60 gallery_pids"):
@@ -215,7 +217,10 @@ def slow_interval(values, pids, draws, seed):
 
 def test_the_interval_is_that_of_the_slow_bootstrap_over_identities():
     numbers = torch.Generator().manual_seed(0)
-    values, pids = torch.rand(30, dtype=torch.float64, generator=numbers) * 100, torch.randint(8, (30,)) * 5
+    values, pids = (
+        torch.rand(30, dtype=torch.float64, generator=numbers) * 100,
+        torch.randint(8, (30,), generator=numbers) * 5,
+    )
     expected = slow_interval(values.tolist(), pids.tolist(), draws=200, seed=4)
     assert bootstrap_interval(values, pids, draws=200, seed=4) == pytest.approx(expected, rel=1e-12)
     assert bootstrap_interval(values.numpy(), pids.numpy(), draws=200, seed=4) == pytest.approx(expected, rel=1e-12)

@@ -158,7 +158,7 @@ def encode_images(
     device = next(model.parameters()).device
 
     def encode(start: int) -> Tensor:
-        chunk = torch.from_numpy(np.ascontiguousarray(pixels[start : start + batch_size]))
+        chunk = torch.from_numpy(np.array(pixels[start : start + batch_size]))
         return model.encode_image(normalise(chunk.to(device)))
 
     return _encoded(model, encode, len(pixels), batch_size, precision, progress, "photos")

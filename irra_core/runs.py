@@ -66,7 +66,7 @@ def _plain(value: Any) -> str:
 
 
 def data_digest(annotations: DataFrame, recipe: Recipe, progress=None) -> str:
-    """The fingerprint of a run's data: the table's rows and every decoded pixel (which this makes if need be)."""
+    """The fingerprint of a run's data: the table and its image files (which this decodes if need be)."""
     photos = annotations.drop_duplicates("image_id").sort_values("image_id")
     pixels = image_array(list(photos.path), recipe.image_height, recipe.image_width, progress=progress)
     return hashlib.sha256(f"{table_digest(annotations)} {pixels.digest}".encode()).hexdigest()

@@ -1,0 +1,91 @@
+"""Evaluation: the scores of a table of features, their intervals, and what a reader sees of them."""
+
+import numpy as np
+import pytest
+import torch
+from pandas import DataFrame
+
+import irra_core as irra
+from irra_core.evaluation import encode_images, encode_texts, gain, metrics_table, rank_features, readable, scores
+from irra_core.images import image_array
+
+QUERIES = DataFrame({"pid": [1, 1, 2, 3], "image_id": [0, 0, 1, 2], "caption": list("abcd")})
+PHOTOS = DataFrame({"pid": [1, 2, 3], "image_id": [0, 1, 2]})
+
+
+def found(text, hard=()):
+    return rank_features(torch.eye(3), torch.tensor(text), PHOTOS, QUERIES, hard)
+
+
+TEXT = [[1.0, 0.0, 0.0], [0.4, 0.5, 0.0], [0.0, 1.0, 0.0], [0.9, 0.8, 0.7]]  # ranks 1, 2, 1, 3
+
+
+def test_a_caption_searches_all_photos_and_a_photo_all_captions():
+    evaluation = found(TEXT)
+    assert evaluation.text_to_image["rank"].tolist() == [1, 2, 1, 3]
+    assert evaluation.image_to_text["rank"].tolist() == [1, 1, 1]
+    metrics = evaluation.metrics
+    assert (metrics["queries"], metrics["images"], metrics["identities"]) == (4, 3, 3)
+    assert metrics["text_to_image"]["R1"][0] == 50.0
+    assert metrics["text_to_image"]["mAP"][0] == pytest.approx(100 * (1 + 1 / 2 + 1 + 1 / 3) / 4)
+
+
+def test_hard_negatives_are_scored_apart():
+    metrics = found(TEXT, hard=[3]).metrics
+    assert metrics["hard_negatives"]["queries"] == 1
+    assert metrics["hard_negatives"]["text_to_image"]["R1"] == (0.0, 0.0, 0.0)
+    assert "hard_negatives" not in found(TEXT).metrics
+    assert "text to image, hard negatives" in metrics_table(metrics).index
+
+
+def test_the_gain_is_paired_and_refuses_other_queries():
+    after, before = found(TEXT).text_to_image, found([[0.0, 1.0, 0.0]] * 4).text_to_image
+    difference = gain(after, before)["R1"]
+    assert difference[0] == pytest.approx(scores(after)["R1"][0] - scores(before)["R1"][0])
+    assert gain(after, after)["mAP"] == (0.0, 0.0, 0.0)
+    with pytest.raises(ValueError, match="different queries"):
+        gain(after, before.iloc[:2])
+
+
+def test_the_table_for_the_eye_has_value_and_interval():
+    shown = readable(found(TEXT).table())
+    assert shown.loc["text to image", "R1 (%)"].startswith("50.0 [")
+    assert "R1 (%)" in found(TEXT)._repr_html_()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return irra.build_model(irra.recipe(pretrained="none"), 3)
+
+
+def test_features_do_not_depend_on_the_batch_and_have_length_one(model, annotations):
+    captions = [*list(annotations.caption[:7]), "short", "a much longer sentence about a person who walks by slowly"]
+    whole, pieces = encode_texts(model, captions), encode_texts(model, captions, batch_size=2)
+    assert torch.allclose(whole, pieces, atol=1e-5)
+    one = torch.nn.functional.normalize(model.encode_text(irra.tokenize(captions[-1:])), dim=1)
+    assert torch.allclose(whole[-1:], one, atol=1e-5)
+    assert torch.allclose(whole.norm(dim=1), torch.ones(len(captions)))
+    pixels = image_array(list(annotations.path[:5]), 96, 32).pixels
+    expected = torch.nn.functional.normalize(
+        model.encode_image(irra.load_images(annotations.path[:5], irra.recipe(pretrained="none"))), dim=1
+    )
+    assert torch.allclose(encode_images(model, pixels, batch_size=2), expected, atol=1e-5)
+
+
+def test_encoding_leaves_the_model_as_it_was(model, annotations):
+    model.train()
+    features = encode_texts(model, list(annotations.caption[:2]))
+    assert model.training
+    assert not features.is_inference()
+
+
+def test_pixels_given_or_decoded_give_the_same_scores(model, annotations):
+    pixels = image_array(list(annotations.path), 96, 32).pixels
+    given, decoded = irra.evaluate(model, annotations, pixels=pixels), irra.evaluate(model, annotations)
+    assert given.metrics == decoded.metrics
+    assert np.array_equal(given.text_to_image.AP, decoded.text_to_image.AP)
+
+
+def test_a_split_without_rows_is_named(model, annotations):
+    with pytest.raises(ValueError, match="split 'test' has no rows: the table has train"):
+        irra.evaluate(model, annotations[annotations.split == "train"])

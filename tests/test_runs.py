@@ -1,0 +1,129 @@
+"""Run folders: their names, when a run is the same, and what many of them give."""
+
+import json
+
+import pandas as pd
+import pytest
+
+import irra_core as irra
+from irra_core import runs
+
+
+def test_the_name_says_what_differs_and_never_the_time():
+    assert runs.run_name(irra.recipe("cuhk")) == "default"
+    assert runs.run_name(irra.recipe("cuhk", epochs=1, losses="sdm+id")) == "losses=sdm+id,epochs=1"
+    assert runs.run_name(irra.recipe("cuhk", preset="released")) == "preset=released"
+    assert runs.run_name(irra.recipe("rstp", backbone="small", pretrained="none")) == "backbone=small,pretrained=none"
+
+
+def test_a_path_in_a_name_is_its_stem_and_a_hash(tmp_path):
+    name = runs.run_name(irra.recipe(pretrained=str(tmp_path / "mine.pt")))
+    assert name.startswith("pretrained=mine-")
+    assert "/" not in name
+
+
+def test_a_long_name_is_cut_and_still_its_own():
+    many = {"lr": 1e-3, "seed": 3, "epochs": 2, "batch_size": 8, "weight_decay": 0.1, "temperature": 0.5}
+    many |= {"adam_eps": 1e-4, "crop_padding": 5, "flip_probability": 0.1}
+    one, other = runs.run_name(irra.recipe(**many)), runs.run_name(irra.recipe(**many, erase_probability=0.1))
+    assert max(len(one), len(other)) <= 120
+    assert one != other
+
+
+def test_smoke_is_part_of_the_name(monkeypatch):
+    monkeypatch.setenv("IRRA_SMOKE", "1")
+    assert runs.run_name(irra.recipe("cuhk")) == "smoke"
+    assert runs.run_name(irra.recipe("cuhk", seed=1)) == "smoke,seed=1"
+    assert runs.run_folder(irra.recipe("cuhk"), "data").path.parent == runs.reports_root() / "smoke" / "cuhk"
+
+
+def test_own_data_are_named_after_their_file_and_content(tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text("[]")
+    name = runs.dataset_name(str(file))
+    assert name.startswith("mine-")
+    assert len(name) == len("mine-") + 8
+    file.write_text("[ ]")
+    assert runs.dataset_name(str(file)) != name
+
+
+def test_a_folder_with_another_run_is_passed_over_and_the_difference_named(tmp_path):
+    recipe = irra.recipe("cuhk")
+    first = runs.run_folder(recipe, "data", tmp_path)
+    assert first == (tmp_path / "cuhk" / "default", {})
+    runs.begin(first.path, recipe, "data")
+    assert runs.run_folder(recipe, "data", tmp_path) == first
+    second = runs.run_folder(recipe, "other data", tmp_path)
+    assert second.path.name == "default~2"
+    assert second.passed_over == {first.path: ["its data (annotations or images) were others"]}
+    kept = json.loads((first.path / "recipe.json").read_text())
+    (first.path / "recipe.json").write_text(json.dumps(kept | {"format": 0}))
+    (reason,) = runs.run_folder(recipe, "data", tmp_path).passed_over[first.path]
+    assert reason == f"its format is 0, this version writes {runs.FORMAT}"
+    (first.path / "recipe.json").write_text("{")
+    assert "cannot be read" in runs.differences(first.path, recipe, "data")[0]
+    with pytest.raises(ValueError, match="holds another run"):
+        runs.begin(first.path, recipe, "data")
+
+
+def test_the_data_digest_changes_with_a_caption_and_with_a_pixel(annotations):
+    recipe = irra.recipe()
+    digest = runs.data_digest(annotations, recipe)
+    assert runs.data_digest(annotations.copy(), recipe) == digest
+    assert runs.data_digest(annotations.assign(caption=annotations.caption.str.upper()), recipe) != digest
+    fewer = annotations[annotations.image_id > 0].assign(image_id=lambda table: table.image_id - 1)
+    assert runs.data_digest(fewer, recipe) != digest
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "file.txt"
+    runs.write_text(path, "before")
+    monkeypatch.setattr(runs.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        runs.write_text(path, "after")
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+METRICS = {
+    "selected": {"on": "val", "step": 3},
+    "text_to_image": dict.fromkeys(("R1", "R5", "R10", "mAP", "mINP"), (50.0, 45.0, 55.0)),
+    "untrained": dict.fromkeys(("R1", "R5", "R10", "mAP", "mINP"), (1.0, 0.0, 2.0)),
+    "gain_over_untrained": dict.fromkeys(("R1", "R5", "R10", "mAP", "mINP"), (49.0, 44.0, 54.0)),
+}
+
+
+def test_many_runs_make_one_table_and_an_unfinished_one_is_not_in_it(tmp_path):
+    for seed in (0, 1, 2):
+        recipe = irra.recipe("cuhk", seed=seed)
+        folder = runs.run_folder(recipe, "data", tmp_path).path
+        runs.begin(folder, recipe, "data")
+        if seed < 2:
+            runs.write_text(folder / "metrics.json", json.dumps(METRICS))
+    table = runs.collect(tmp_path)
+    assert table.seed.tolist() == [0, 1]
+    assert table.run.tolist() == ["default", "seed=1"]
+    assert table[["R1", "R1_low", "R1_high"]].to_numpy().tolist() == [[50.0, 45.0, 55.0]] * 2
+
+
+def test_the_published_rows_stand_beside_the_measured_ones():
+    table = runs.beside_published(METRICS, irra.recipe("cuhk"))
+    assert table.loc["this run", "R1 (%)"] == "50.0 [45.0, 55.0]"
+    assert (table.filter(like="published: IRRA", axis=0)["R1 (%)"] == "73.4").all()
+    assert not runs.beside_published(METRICS, irra.recipe()).index.str.startswith("published").any()
+    assert runs.gains(METRICS).loc["over random weights", "mAP (%)"] == "49.0 [44.0, 54.0]"
+
+
+def test_published_holds_the_papers_main_row():
+    rows = irra.published()
+    row = rows[(rows.table == "results") & (rows.dataset == "cuhk") & (rows.method == "IRRA")].iloc[0]
+    assert row[["R1", "R5", "R10", "mAP", "mINP"]].tolist() == [73.38, 89.93, 93.71, 66.13, 50.24]
+    assert isinstance(rows, pd.DataFrame)
+
+
+def test_the_link_to_the_latest_run_moves():
+    for name in ("one", "two"):
+        folder = runs.reports_root() / "cuhk" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        runs.mark_latest(folder)
+        assert (runs.reports_root() / "latest").resolve() == folder.resolve()

@@ -317,8 +317,13 @@ def _images(model, paths: list[str]) -> torch.Tensor:
 
 
 def _sent(found, looked_at: list[int]) -> Iterator[tuple[int, dict]]:
-    """Each photo's contributions and, where there is one, its map: a byte a patch, the word's brightest is 255."""
-    brightest = found.maps.max(axis=(0, 2, 3), keepdims=True, initial=1e-12)
+    """Each photo's contributions and, where there is one, its map: a byte a patch.
+
+    255 is the brightest patch of the word in this photo, or half of that in all photos: a photo in which the word
+    finds little stays dim, and one bright photo does not darken the others.
+    """
+    brightest = found.maps.max(axis=(2, 3), keepdims=True, initial=1e-12)
+    brightest = np.maximum(brightest, brightest.max(axis=0, keepdims=True, initial=0) / 2)
     maps = dict(zip(looked_at, np.round(255 * found.maps / brightest).astype(np.uint8), strict=True))
     for photo, contributions in enumerate(found.contributions.tolist()):
         map_ = {"map": base64.b64encode(maps[photo].tobytes()).decode()} if photo in maps else {}

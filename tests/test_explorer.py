@@ -306,11 +306,11 @@ def test_masks_are_filled_in_per_photo_and_a_model_without_mlm_says_that_it_cann
 
 def test_maps_are_sent_as_bytes_that_compare_the_photos_of_a_word():
     maps = np.zeros((2, 1, 2, 2))
-    maps[0, 0, 0, 1], maps[1, 0, 1, 0] = 0.5, 0.25
+    maps[0, 0, 0, 1], maps[1, 0, 1, 0] = 0.5, 0.1
     sent = dict(module._sent(SimpleNamespace(maps=maps, contributions=np.zeros((3, 1))), [0, 2]))
     assert list(base64.b64decode(sent[0]["map"])) == [0, 255, 0, 0]
     assert sent[1] == {"words": [0.0]}
-    assert list(base64.b64decode(sent[2]["map"])) == [0, 0, 128, 0]
+    assert list(base64.b64decode(sent[2]["map"])) == [0, 0, 102, 0]  # 0.1 of half of 0.5
 
 
 def test_the_page_sets_text_never_markup_and_asks_no_other_host():

@@ -15,6 +15,13 @@ from typing import Any, get_args
 
 LOSS_NAMES = ("sdm", "itc", "cmpm", "cmpc", "tal", "id", "mlm")
 ALIGNING = ("sdm", "itc", "cmpm", "tal")  # only these bring a sentence and its photo together
+USED_BY = {  # fields that only some losses read: changed without them, they would be ignored in silence
+    "interaction": ("mlm",),
+    "interaction_depth": ("mlm",),
+    "padding_attention": ("mlm",),
+    "temperature": ("sdm", "itc"),
+    "cmpm_target": ("cmpm",),
+}
 DOMAINS = ("street", "night", "campus", "general")
 SMOKE_IDENTITIES, SMOKE_STEPS = 24, 3  # what IRRA_SMOKE=1 leaves of a run
 
@@ -356,10 +363,11 @@ def _check_losses(recipe: Recipe) -> None:
         raise ValueError(f"losses {recipe.losses!r} name one twice: each counts once, with weight 1")
     if not set(names) & set(ALIGNING):
         raise ValueError(f"losses {recipe.losses!r} align nothing: add one of {', '.join(ALIGNING)}")
-    for name in ("interaction", "interaction_depth"):
-        default = Recipe.__dataclass_fields__[name].default
-        if "mlm" not in names and getattr(recipe, name) != default:
-            raise ValueError(f"{name} {getattr(recipe, name)!r} has no effect without mlm in losses: add +mlm")
+    usual = _resolve(recipe.dataset, recipe.backbone, recipe.pretrained, recipe.preset)
+    for field_name, users in USED_BY.items():
+        value = getattr(recipe, field_name)
+        if value != usual[field_name] and not set(names) & set(users):
+            raise ValueError(f"{field_name} {value!r} has no effect with losses {recipe.losses!r}: add {users[0]}")
 
 
 def read_recipe(values: Mapping[str, Any]) -> Recipe:

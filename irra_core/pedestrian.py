@@ -164,6 +164,9 @@ class Figure:
                 self._hair()
         for i in raised:
             self._arm(i)
+        if "lower" in self.sketch.boxes:  # what the upper garment leaves of it
+            box, hem = self.sketch.boxes["lower"], self.trunk.spot(self.hem, 0)[1]
+            box[1] = min(max(box[1], hem), box[3])
 
     def _built(self, rows: Sequence, ease: Number) -> list:
         """The trunk's rows for this build, with a garment's ease."""
@@ -321,7 +324,7 @@ class Figure:
         top = hull([(on_foot(ahead, up), r * k) for ahead, up, r in discs])
         xs = [x for x, _ in top]
         paint = s.shaded(rgb, (min(xs), 0), (max(xs), 0), 0.8)
-        if kind == "boots":
+        if kind == "boots" and (person["upper"] == "dress" or person["lower"] in ("shorts", "skirt")):
             shaft = [self.eye.at(*along([ankle, knee], t)) for t in (0.0, 0.2, 0.42)]
             s.fill(limb(shaft, [4.9 * k, 5.6 * k, 6.4 * k], (0, 0.15)), paint)
             (x, y), r = shaft[2], 6 * k
@@ -798,8 +801,8 @@ class Figure:
             seen = skull.facing(angle, CHIN + 11.6, 80)
             if seen is not None:
                 (x, y), narrow = skull.spot(CHIN + 11.2, seen), k * max(cos(radians(seen)), 0.35)
-                s.oval((x, y), 1.35 * narrow, 0.7 * k, "#efe9e2", 0.85)
-                s.oval((x, y), 0.75 * narrow, 0.8 * k, "#2a1d18")
+                s.oval((x, y), 1.2 * narrow, 0.62 * k, "#e9e2da", 0.75)
+                s.oval((x, y), 0.72 * narrow, 0.7 * k, "#2a1d18")
                 s.line([(x + dx * narrow, y - up * k) for dx, up in ((-2, 1.7), (0, 2.3), (2, 1.7))], brow, 1.0, 0.75)
         seen = skull.facing(0, CHIN + 8, 62)
         if seen is not None:

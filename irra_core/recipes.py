@@ -144,7 +144,7 @@ SMALL = {
     "crop_padding": 3,  # 10 pixels of 384, in proportion
     "lr": 2e-4,
     "epochs": 4,
-    "warmup_epochs": 1,
+    "warmup_epochs": 0,
 }
 SMALL_FROM_SCRATCH = {"lr": 5e-4, "new_lr_factor": 1.0, "epochs": 8}  # nothing is pretrained, so nothing is slow
 

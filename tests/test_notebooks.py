@@ -91,3 +91,38 @@ def test_a_mistake_stops_the_notebook_with_one_clear_error(arguments, words, tmp
     executed = nbformat.read(tmp_path / "out.ipynb", 4).cells
     done = [cell for cell in executed if cell.cell_type == "code" and cell.execution_count]
     assert len(done) <= (3 if "dataset" not in arguments or "nosuch" in arguments else 6)
+
+
+def test_evaluate_scores_a_released_checkpoint_with_no_other_argument(tmp_path):
+    """A file as the released code writes it, with the paper's image size and fewer blocks, on CUHK-PEDES's layout."""
+    import torch
+
+    from irra_core.backbone import new_clip
+    from irra_core.checkpoints import save_official
+    from irra_core.model import IRRA
+
+    config = {
+        "embed_dim": 64,
+        "quick_gelu": True,
+        "vision_cfg": {"layers": 1, "width": 64, "patch_size": 16, "image_size": (384, 128)},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1},
+    }
+    torch.manual_seed(0)
+    save_official(IRRA(new_clip(config, (384, 128), 16), 11003, "cross", 2), tmp_path / "best.pth")
+    dataset = written("cuhk", tmp_path / "data")
+    ended = papermill(
+        tmp_path / "out.ipynb", "-p", "checkpoint", tmp_path / "best.pth", "-p", "dataset", dataset,
+        notebook="evaluate.ipynb", IRRA_DATA=tmp_path / "data",
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    shown = (tmp_path / "out.ipynb").read_text()
+    for words in ("384×128", "11003", "CrossEncoder", "published: IRRA"):
+        assert words in shown
+
+    refused = papermill(
+        tmp_path / "out.ipynb", "-p", "checkpoint", tmp_path / "best.pth", "-p", "image_height", "224",
+        notebook="evaluate.ipynb", IRRA_DATA=tmp_path / "data",
+    )  # fmt: skip
+    assert refused.returncode != 0
+    assert "192 image positions" in refused.stderr
+    assert "384×128" in refused.stderr

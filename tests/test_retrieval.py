@@ -212,6 +212,21 @@ def test_an_id_with_two_photos_and_an_unknown_id_are_refused(model, photos):
 
 
 @pytest.mark.parametrize("index", ["exact", "hnsw"])
+def test_a_photos_neighbours_are_the_others_by_cosine(model, photos, index):
+    gallery = Gallery.build(model, photos, index=index)
+    features, table = gallery._store.features, gallery.images
+    cosine = features @ features[4]
+    cosine[4] = -2
+    found = gallery.neighbours(128, k=6)
+    assert found.image_id.tolist() == table.image_id[np.argsort(-cosine)[:6]].tolist()
+    assert found.score.to_numpy() == pytest.approx(np.sort(cosine)[::-1][:6], abs=1e-6)
+    assert set(found["query"]) == {table.path[4]}
+    assert len(gallery.neighbours(128, k=100)) == 29
+    with pytest.raises(ValueError, match="image_id 129 is not in the gallery"):
+        gallery.neighbours(129)
+
+
+@pytest.mark.parametrize("index", ["exact", "hnsw"])
 def test_a_saved_gallery_comes_back_as_it_was(model, photos, tmp_path, index):
     gallery = Gallery.build(model, photos, index=index)
     gallery.remove([100, 121])

@@ -160,6 +160,15 @@ class Gallery:
             ranked["reranked"] = np.take_along_axis(second, order, 1)[query, place].astype(np.float64)
         return ranked
 
+    def neighbours(self, image_id: int, k: int = 10) -> DataFrame:
+        """The k photos nearest to one of the gallery's, itself left out: query (its path), and `search`'s columns."""
+        ids = np.array([image_id])
+        query = self._store.rows(ids).path[0]
+        scores, found = self._store.nearest(self._store.features_of(ids), _checked_k(k) + 1)
+        itself = found == image_id
+        scores, found = scores[~itself][None, :k], found[~itself][None, :k]
+        return self._ranking([query], scores, found)
+
     def recall(self, k: int = 10, queries: Sequence[str] | None = None) -> float:
         """The share of the true k best that the index finds: 1.0 for an exact one.
 

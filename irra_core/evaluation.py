@@ -14,7 +14,7 @@ from torch import Tensor
 
 from irra_core.images import image_array, normalise
 from irra_core.metrics import bootstrap_interval, query_metrics_from_features
-from irra_core.text import tokenize, trim
+from irra_core.text import VOCABULARY, tokenize, trim
 
 METRICS = {"R1": "R1", "R5": "R5", "R10": "R10", "mAP": "AP", "mINP": "INP"}  # score → its value for one query
 Interval = tuple[float, float, float]  # value, low, high
@@ -170,6 +170,11 @@ def encode_texts(
     """L2-normalised float32 features, on the CPU, of sentences."""
     device = next(model.parameters()).device
     tokens = tokenize(list(captions))
+    words = model.clip.vocab_size
+    if words != VOCABULARY:
+        raise ValueError(
+            f"the model's vocabulary is {words:,} words, CLIP's is {VOCABULARY:,}: it cannot read sentences"
+        )
     order = (tokens != 0).sum(1).argsort(stable=True)  # captions of one length together: little padding to compute
 
     def encode(start: int) -> Tensor:

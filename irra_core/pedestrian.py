@@ -122,6 +122,7 @@ class Figure:
     """
 
     sketch: Sketch
+    ground: Sketch  # takes the shadow
     person: dict[str, Any]
     eye: Eye
     rng: np.random.Generator
@@ -211,10 +212,9 @@ class Figure:
 
     def _shadow(self) -> None:
         """Soft dark on the ground under and beside the feet."""
-        s, k = self.sketch, self.eye.scale
+        s, k = self.ground, self.eye.scale
         stops = "".join(f'<stop offset="{at}" stop-opacity="{by}"/>' for at, by in ((0, 0.55), (0.5, 0.28), (1, 0)))
         y = max(self.eye.at(*leg[2])[1] for leg in self.legs) + 7 * k
-        s.names = ()
         paint = s.gradient(f'<radialGradient id="{{}}">{stops}</radialGradient>')
         s.oval((self.eye.x - s.light * 9 * k, y), 34 * k, (3.5 + 30 * self.eye.pitch) * k, paint)
 
@@ -229,7 +229,7 @@ class Figure:
         if person["upper"] == "dress":
             return
         s.names = ("lower",)
-        rgb = self._shade("lower_colour")
+        rgb, top = self._shade("lower_colour"), min(self.hem + 6, 106)
         if person["lower"] == "skirt":
             rows = [row for row in hips.rows if row[0] > 88]
             wide, deep = rows[-1][1:3]
@@ -238,10 +238,12 @@ class Figure:
                 [*rows, (70, wide + 2.2, max(deep + 2, step - 2), 0), (54, wide + 4.4, max(deep + 4, step), 0)],
                 self.eye,
             )
-            s.fill(skirt.outline(106, 54), s.across(rgb, skirt, 70))
+            s.fill(skirt.outline(top, 54), s.across(rgb, skirt, 70))
             self._drape(skirt, 90, 55)
             return
-        s.fill(hips.outline(106, 84), s.across(rgb, hips, 92))
+        if top < 84:  # all of it is under a coat
+            return
+        s.fill(hips.outline(top, 84), s.across(rgb, hips, 92))
         seen = hips.facing(0 if self.front > 0 else 180, 92, 70)
         if seen is not None:
             x, y = hips.spot(85.5, seen)

@@ -52,13 +52,13 @@ def photograph(
     sketch = Sketch(_pick(rng, (-1.0, 1.0)))
     backdrop = scene(_pick(rng, place.scenes), sketch.light, rng)
     if rng.random() < 0.12:
-        _passer_by(sketch, person, eye, rng, far=True)
-    Figure(sketch, person, eye, rng).draw()
+        _passer_by(sketch, backdrop, person, eye, rng, far=True)
+    Figure(sketch, backdrop, person, eye, rng).draw()
     sketch.names = ("occluder",)
     if rng.random() < 0.2:
         _pick(rng, (_bicycle, _pole, _bollard, _leaves))(sketch, rng)
     elif rng.random() < 0.05:
-        _passer_by(sketch, person, eye, rng, far=False)
+        _passer_by(sketch, backdrop, person, eye, rng, far=False)
     image = _render(backdrop.svg(0.375)).convert("RGB").resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
     front = _render(sketch.svg())
     image.paste(front, mask=front)
@@ -97,7 +97,7 @@ def _camera(image: Image.Image, place: Place, light: Number, rng: Random) -> Ima
     """Blur, tint, exposure, contrast, faded colours, light from one side, noise."""
     radius = _in(rng, 0, place.blur)
     if radius > 0.35:
-        image = image.filter(ImageFilter.GaussianBlur(radius))
+        image = image.filter(ImageFilter.BoxBlur(radius))
     contrast, grey, exposure = _in(rng, 0.88, 1.06), _in(rng, 0.0, 0.2), _in(rng, *place.light)
     rows = []
     for i, tint in enumerate(place.tint):
@@ -114,7 +114,7 @@ def _camera(image: Image.Image, place: Place, light: Number, rng: Random) -> Ima
 # what comes between, and who else is there
 
 
-def _passer_by(sketch: Sketch, person: dict, eye: Eye, rng: Random, far: bool) -> None:
+def _passer_by(sketch: Sketch, ground: Sketch, person: dict, eye: Eye, rng: Random, far: bool) -> None:
     """Somebody else, far behind or cut by the photo's edge; has no boxes."""
     other = person | {"shades": {name: tone(_pick(rng, BRIGHT), -0.25) for name in person["shades"]}}
     other |= {"gender": "man", "hair": "short", "hat": "none", "glasses": "no", "bag": "none", "carried": "nothing"}
@@ -124,7 +124,7 @@ def _passer_by(sketch: Sketch, person: dict, eye: Eye, rng: Random, far: bool) -
     x = eye.x + _pick(rng, (-1, 1)) * (_in(rng, 34, 56) if far else _in(rng, 74, 84))
     feet = eye.y - (1 - share) * 240 * (eye.pitch + 0.3) if far else eye.y + 6
     mine, sketch.boxes = sketch.boxes, {}
-    Figure(sketch, other, Eye(radians(_in(rng, 0, 360)), eye.pitch, eye.scale * share, x, feet), rng).draw()
+    Figure(sketch, ground, other, Eye(radians(_in(rng, 0, 360)), eye.pitch, eye.scale * share, x, feet), rng).draw()
     sketch.boxes = mine
 
 

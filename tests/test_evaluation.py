@@ -1,5 +1,7 @@
 """Evaluation: the scores of a table of features, their intervals, and what a reader sees of them."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -89,3 +91,9 @@ def test_pixels_given_or_decoded_give_the_same_scores(model, annotations):
 def test_a_split_without_rows_is_named(model, annotations):
     with pytest.raises(ValueError, match="split 'test' has no rows: the table has train"):
         irra.evaluate(model, annotations[annotations.split == "train"])
+
+
+def test_a_model_with_another_vocabulary_is_refused():
+    path = Path(__file__).parent / "reference" / "irra_tiny.pth"
+    with pytest.raises(ValueError, match="vocabulary is 300 words"):
+        encode_texts(irra.load_official(path, (64, 32)), ["a man"])

@@ -319,3 +319,14 @@ def test_the_general_weights_file_depends_on_how_it_is_made():
     assert general_weights(recipe) == general_weights(recipe.replace())
     assert general_weights(recipe) != general_weights(recipe.replace(lr=0.5))
     assert isinstance(general_weights(recipe), Path)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "passes"), [("the same length", 1), ("captions longer", 2), ("captions masked too", 1)]
+)
+def test_each_encoder_runs_once_where_lengths_agree(lengths, passes, pairs):
+    model, batch, calls = small(), shorter(pairs, lengths), []
+    for name, block in (("text", model.clip.token_embedding), ("image", model.clip.visual.conv1)):
+        block.register_forward_hook(lambda *_, name=name: calls.append(name))
+    model(*batch)
+    assert (calls.count("text"), calls.count("image")) == (passes, 1)

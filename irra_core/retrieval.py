@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from irra_core.evaluation import encode_images, encode_texts
-from irra_core.images import UnreadableImages, _decoded
+from irra_core.images import UnreadableImages, decode_images
 from irra_core.milvus import Milvus, is_milvus
 from irra_core.nearest import GRAPH, Memory, Shard, replace_file
 from irra_core.recipes import Recipe, unknown
@@ -371,7 +371,7 @@ def _encoded(model, photos: DataFrame, precision: str, unreadable: list[tuple[st
 
 def _read(paths: list[str], size: tuple[int, int]) -> tuple[UInt8[np.ndarray, "n 3 h w"], dict[str, str]]:
     """The photos that can be read, decoded, and why the others cannot."""
-    images = list(_decoded(paths, *size))
+    images = list(decode_images(paths, *size))
     content = bytearray().join(image.pixels for image in images if not isinstance(image, str))
     reasons = {path: image for path, image in zip(paths, images, strict=True) if isinstance(image, str)}
     return np.frombuffer(content, np.uint8).reshape(-1, 3, *size), reasons

@@ -47,14 +47,14 @@ def same(one, other):
     [("sdm", None), ("sdm+id", None), ("itc+mlm", "cross"), ("sdm+id+mlm", "co"), ("sdm+id+mlm", "merged")],
 )
 def test_a_checkpoint_comes_back_bit_for_bit_with_its_recipe(losses, interaction, tmp_path):
-    kind = {"interaction": interaction, "interaction_depth": 1} if "mlm" in losses else {}
-    recipe = irra.recipe(pretrained="none", losses=losses, seed=3, padding_attention=True, **kind)
+    given = {"interaction": interaction, "interaction_depth": 1, "padding_attention": True} if interaction else {}
+    recipe = irra.recipe(pretrained="none", losses=losses, seed=3, **given)
     model = irra.build_model(recipe, 7)
     irra.save_checkpoint(model, recipe, tmp_path / "model.safetensors")
     found, read = irra.load_checkpoint(tmp_path / "model.safetensors")
     assert same(found, model)
     assert read == recipe
-    assert found.padding_attention
+    assert found.padding_attention == (interaction is not None)
 
 
 def test_a_checkpoint_of_a_pretrained_model_needs_neither_network_nor_the_pretrained_file(tmp_path):
@@ -247,8 +247,7 @@ def test_what_save_official_writes_is_the_file_that_was_read(released, tmp_path)
 
 @pytest.mark.parametrize("losses", ["sdm", "sdm+id", "sdm+id+mlm"])
 def test_a_model_of_ours_comes_back_from_the_released_format(losses, tmp_path):
-    recipe = irra.recipe(pretrained="none", losses=losses, padding_attention=True)
-    model = irra.build_model(recipe, 7)
+    model = irra.build_model(irra.recipe(pretrained="none", losses=losses), 7)
     irra.save_official(model, tmp_path / "ours.pth")
     assert same_parameters(irra.load_official(tmp_path / "ours.pth", (96, 32), stride=8), model)
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from irra_core.recipes import project_root, unknown
+from irra_core.recipes import project_root, unknown, unsuited
 
 # The little CLIP of the synthetic recipe; its vocabulary and context are CLIP's.
 SMALL_CLIP = {
@@ -39,16 +39,7 @@ def configuration(backbone: str) -> Mapping:
     IRRA takes CLIP's vision transformer with its class token and CLIP's text encoder with its tokeniser.
     """
     config = SMALL_CLIP if backbone == "small" else open_clip.get_model_config(backbone)
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    words = text.get("context_length", 77), text.get("vocab_size", 49408), text.get("pool_type", "argmax")
-    reason = None
-    if "timm_model_name" in vision or not isinstance(vision["layers"], int):
-        reason = "its image encoder is not CLIP's vision transformer"
-    elif "hf_model_name" in text or words != (77, 49408, "argmax"):
-        reason = "its text encoder is not CLIP's (77 tokens of 49,408, causal, end token)"
-    elif "multimodal_cfg" in config or vision.get("pool_type", "tok") != "tok" or vision.get("attentional_pool"):
-        reason = "its global image feature is not a class token"
-    if reason:
+    if reason := unsuited(config):
         raise ValueError(f"backbone {backbone!r} is not supported: {reason}; ViT-B-16-quickgelu is, for example")
     return config
 

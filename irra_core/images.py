@@ -252,9 +252,6 @@ def decode_images(files: list[str], height: int, width: int) -> Iterator[Decoded
             yield from waiting.popleft().result()
 
 
-_decoded = decode_images
-
-
 def _decode(file: str, height: int, width: int) -> Decoded | str:
     """The file's first frame, upright, as RGB, resized bilinearly with antialias; or the reason why there is none."""
     try:

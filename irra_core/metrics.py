@@ -185,7 +185,7 @@ def bootstrap_interval(
     of a difference between two models on the same queries is that of the differences of their values. One identity
     gives an interval without width. Raises ValueError for NaN (queries that were skipped).
     """
-    values, pids = np.asarray(torch.as_tensor(values).cpu(), dtype=float), np.asarray(torch.as_tensor(pids).cpu())
+    values, pids = (x.cpu().numpy() if isinstance(x, Tensor) else np.asarray(x) for x in (values, pids))
     if np.isnan(values).any():
         raise ValueError(f"{np.isnan(values).sum()} of {len(values)} values are NaN: drop those queries first")
     _, person = np.unique(pids, return_inverse=True)

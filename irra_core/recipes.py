@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import difflib
+import functools
 import html
 import importlib.util
 import json
@@ -84,7 +85,6 @@ class Recipe:
     def __post_init__(self):
         for item in fields(self):
             object.__setattr__(self, item.name, _checked(item, getattr(self, item.name)))
-        _check_dataset(self.dataset)
         _check_backbone(self)
         _check_losses(self)
 
@@ -335,23 +335,47 @@ def project_root() -> Path:
 
 
 def backbones() -> list[str]:
-    """`small` and every open_clip model name, read from its configuration files without importing torch."""
-    found = importlib.util.find_spec("open_clip")
-    folder = Path(found.submodule_search_locations[0]) / "model_configs"
-    return ["small", *sorted(path.stem for path in folder.glob("*.json"))]
+    """`small` and every open_clip model that IRRA can use; read from its files, so that torch is not imported."""
+    return ["small", *sorted(name for name, config in _open_clip_models().items() if not unsuited(config))]
+
+
+def unsuited(config: Mapping[str, Any]) -> str | None:
+    """Why IRRA cannot use an open_clip configuration, or None: it takes CLIP's vision transformer and text encoder."""
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    if "timm_model_name" in vision or not isinstance(vision["layers"], int):
+        return "its image encoder is not CLIP's vision transformer"
+    words = text.get("context_length", 77), text.get("vocab_size", 49408), text.get("pool_type", "argmax")
+    if "hf_model_name" in text or words != (77, 49408, "argmax"):
+        return "its text encoder is not CLIP's (77 tokens of 49,408, causal, end token)"
+    if "multimodal_cfg" in config or vision.get("pool_type", "tok") != "tok" or vision.get("attentional_pool"):
+        return "its global image feature is not a class token"
+    return None
+
+
+@functools.cache
+def _open_clip_models() -> dict[str, dict[str, Any]]:
+    """Name → configuration of every model that open_clip knows."""
+    folder = Path(importlib.util.find_spec("open_clip").submodule_search_locations[0]) / "model_configs"
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
 def _check_backbone(recipe: Recipe) -> None:
-    """Accept an open_clip model or `small`, and weights that it can have."""
-    if recipe.backbone != "small":
-        _check_choice("backbone", recipe.backbone, backbones())
-        if recipe.pretrained == "general":
-            raise ValueError(
-                "pretrained 'general' is the small CLIP's: give an open_clip tag (openai), a file or none "
-                f"to backbone {recipe.backbone!r}"
-            )
-    elif recipe.pretrained not in ("general", "none") and not Path(recipe.pretrained).suffix:
-        raise unknown("pretrained", recipe.pretrained, ("general", "none", "the path of a weights file"))
+    """Accept an open_clip model that fits or `small`, and weights that it can have."""
+    if recipe.backbone == "small":
+        if recipe.pretrained not in ("general", "none") and not Path(recipe.pretrained).suffix:
+            raise unknown("pretrained", recipe.pretrained, ("general", "none", "the path of a weights file"))
+        return
+    models = _open_clip_models()
+    if recipe.backbone not in models:
+        raise unknown("backbone", recipe.backbone, backbones())
+    if reason := unsuited(models[recipe.backbone]):
+        accepted = ", ".join(backbones())
+        raise ValueError(f"backbone {recipe.backbone!r} is not supported: {reason}; accepted are {accepted}")
+    if recipe.pretrained == "general":
+        raise ValueError(
+            "pretrained 'general' is the small CLIP's: give an open_clip tag (openai), a file or none "
+            f"to backbone {recipe.backbone!r}"
+        )
 
 
 def _check_losses(recipe: Recipe) -> None:

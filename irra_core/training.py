@@ -100,8 +100,7 @@ def half_weights(model: torch.nn.Module) -> torch.nn.Module:
     LayerNorms and embeddings stay fp32. In place.
     """
     for name, parameter in model.named_parameters():
-        kept = ("ln_", "norm", "embedding")
-        if not any(word in name for word in kept):
+        if not any(word in name for word in ("ln_", ".ln.", "embedding")):
             parameter.data = parameter.data.half()
     return model
 

@@ -98,10 +98,10 @@ def _camera(image: Image.Image, place: Place, light: Number, rng: Random) -> Ima
     radius = _in(rng, 0, place.blur)
     if radius > 0.35:
         image = image.filter(ImageFilter.BoxBlur(radius))
-    contrast, grey, exposure = _in(rng, 0.88, 1.06), _in(rng, 0.0, 0.2), _in(rng, *place.light)
+    contrast, grey, exposure = _in(rng, 0.92, 1.06), _in(rng, 0.0, 0.12), _in(rng, *place.light)
     rows = []
     for i, tint in enumerate(place.tint):
-        gain = tint * _in(rng, 0.94, 1.06) * exposure * contrast
+        gain = tint * _in(rng, 0.96, 1.04) * exposure * contrast
         rows += [gain * (grey / 3 + (1 - grey) * (i == j)) for j in range(3)] + [118 * (1 - contrast)]
     pixels = np.asarray(image.convert("RGB", rows), np.float32)
     across = 1 - np.linspace(-light, light, WIDTH, dtype=np.float32) * np.float32(-_in(rng, 0, 0.12))

@@ -146,7 +146,7 @@ SMALL = {
     "lr": 5e-4,
     "new_lr_factor": 2.0,
     "adam_beta2": 0.98,  # from random weights 0.999 stays on InfoNCE's first plateau for epochs
-    "epochs": 8,
+    "epochs": 7,
     "warmup_epochs": 0,
 }
 SMALL_FROM_SCRATCH = {"new_lr_factor": 1.0, "epochs": 8, "warmup_epochs": 1}  # nothing is pretrained, nothing is slow
@@ -198,7 +198,7 @@ def recipe(dataset: str = "synthetic", *, _smoke: bool | None = None, **override
 
 def pretraining() -> Recipe:
     """How the small CLIP comes by its `general` weights: InfoNCE on the rendered domain `general`, no selection."""
-    chosen = {"identities": 1000, "losses": "itc", "epochs": 9, "lr": 8e-4, "warmup_epochs": 1, "select_on": "last"}
+    chosen = {"identities": 1000, "losses": "itc", "epochs": 12, "lr": 8e-4, "warmup_epochs": 1, "select_on": "last"}
     return recipe("synthetic-general", pretrained="none", **chosen)
 
 

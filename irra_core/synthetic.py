@@ -467,9 +467,15 @@ def near_twins(annotations: DataFrame) -> dict[int, list[int]]:
     return {int(pid): list(twins) for pid, twins in zip(rows["pid"], rows["near_twins"], strict=True)}
 
 
+def is_rendered(annotations: DataFrame, recipe: Recipe) -> bool:
+    """True for the rendered data sets, of whose people everything is known; not for other photos under their name."""
+    first = Path(annotations["path"].iloc[0])
+    return recipe.dataset.startswith("synthetic") and any((folder / MARKER).is_file() for folder in first.parents)
+
+
 def twin_pids(annotations: DataFrame, recipe: Recipe) -> set[int]:
     """The people who have a near-twin; none are known in real data."""
-    if not recipe.dataset.startswith("synthetic"):
+    if not is_rendered(annotations, recipe):
         return set()
     return {pid for pid, twins in near_twins(annotations).items() if twins}
 

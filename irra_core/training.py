@@ -24,7 +24,7 @@ from irra_core.images import image_array
 from irra_core.losses import total_loss
 from irra_core.model import IRRA, build_model, general_weights
 from irra_core.recipes import Recipe, pretraining
-from irra_core.synthetic import make_synthetic, synthetic_ceiling, twin_pids
+from irra_core.synthetic import is_rendered, make_synthetic, synthetic_ceiling, twin_pids
 from irra_core.text import tokenize
 
 READ_LOSSES_EVERY = 20  # steps; on a GPU reading a loss waits for it, so the bar is not moved at every step
@@ -288,7 +288,7 @@ class _Run:
                 start = self.evaluated(model.to(self.device), "test").text_to_image
                 metrics[name] = scores(start)
                 metrics[f"gain_over_{name}"] = gain(trained.text_to_image, start)
-            if recipe.dataset.startswith("synthetic"):
+            if is_rendered(self.annotations, recipe):
                 metrics["ceiling_R1"] = synthetic_ceiling(self.annotations)
             columns = trained.text_to_image.drop(columns="caption")  # real captions may not be handed on
             runs.write_text(self.folder / "queries.csv", columns.to_csv(index=False))

@@ -27,7 +27,9 @@ def captions(count: int) -> torch.Tensor:
 
 @pytest.fixture
 def recipe():
-    return make_recipe("synthetic", image_height=16, image_width=8, crop_padding=2, batch_size=BATCH, seed=5)
+    return make_recipe(
+        "synthetic", image_height=16, image_width=8, crop_padding=2, batch_size=BATCH, seed=5, erase_probability=0.5
+    )
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def recipe():
-    return make_recipe("synthetic")
+    return make_recipe("synthetic", erase_probability=0.5, crop_padding=3)
 
 
 def smooth(seed: int, height: int = 90, width: int = 60) -> Image.Image:

@@ -125,5 +125,5 @@ def test_evaluate_scores_a_released_checkpoint_with_no_other_argument(tmp_path):
         notebook="evaluate.ipynb", IRRA_DATA=tmp_path / "data",
     )  # fmt: skip
     assert refused.returncode != 0
-    assert "192 image positions" in refused.stderr
+    assert "192 patches" in refused.stderr
     assert "384×128" in refused.stderr

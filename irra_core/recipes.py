@@ -146,7 +146,7 @@ SMALL = {
     "lr": 5e-4,
     "new_lr_factor": 2.0,
     "adam_beta2": 0.98,  # from random weights 0.999 stays on InfoNCE's first plateau for epochs
-    "epochs": 7,
+    "epochs": 5,
     "warmup_epochs": 0,
 }
 SMALL_FROM_SCRATCH = {"new_lr_factor": 1.0, "epochs": 8, "warmup_epochs": 1}  # nothing is pretrained, nothing is slow

@@ -16,7 +16,7 @@ import pandas as pd
 from pandas import DataFrame
 
 from irra_core.annotations import table_digest
-from irra_core.evaluation import readable, scores_table
+from irra_core.evaluation import METRICS, readable, scores_table
 from irra_core.images import image_array
 from irra_core.recipes import RECIPES, Recipe, own_file, project_root, read_recipe, smoke
 
@@ -148,7 +148,7 @@ def collect(root: str | Path | None = None) -> DataFrame:
 
 
 def beside_published(metrics: Mapping[str, Any], recipe: Recipe) -> DataFrame:
-    """Test scores of a run with their intervals, and the rows published for its data set, as text for the eye."""
+    """Test scores of a run with their intervals, and the published rows of its data set with the difference, as text."""
     names = {"text_to_image": "this run", "pretrained": "its CLIP before fine-tuning", "untrained": "random weights"}
     measured = {label: metrics[name] for name, label in names.items() if name in metrics}
     if "hard_negatives" in metrics:
@@ -159,7 +159,8 @@ def beside_published(metrics: Mapping[str, Any], recipe: Recipe) -> DataFrame:
     rows = published()
     for row in rows[(rows.table == "results") & (rows.dataset == recipe.dataset)].itertuples():
         label = f"published: {row.method} ({row.source})"
-        table.loc[label] = [f"{getattr(row, column.split()[0]):.1f}" for column in table.columns]
+        pairs = [(getattr(row, name), metrics["text_to_image"][name][0]) for name in METRICS]
+        table.loc[label] = [f"{theirs:.1f} (this run {ours - theirs:+.1f})" for theirs, ours in pairs]
     return table.fillna("")
 
 

@@ -109,7 +109,7 @@ def test_many_runs_make_one_table_and_an_unfinished_one_is_not_in_it(tmp_path):
 def test_the_published_rows_stand_beside_the_measured_ones():
     table = runs.beside_published(METRICS, irra.recipe("cuhk"))
     assert table.loc["this run", "R1 (%)"] == "50.0 [45.0, 55.0]"
-    assert (table.filter(like="published: IRRA", axis=0)["R1 (%)"] == "73.4").all()
+    assert (table.filter(like="published: IRRA", axis=0)["R1 (%)"] == "73.4 (this run -23.4)").all()
     assert not runs.beside_published(METRICS, irra.recipe()).index.str.startswith("published").any()
     assert runs.gains(METRICS).loc["over random weights", "mAP (%)"] == "49.0 [44.0, 54.0]"
 

@@ -148,7 +148,7 @@ def collect(root: str | Path | None = None) -> DataFrame:
 
 
 def beside_published(metrics: Mapping[str, Any], recipe: Recipe) -> DataFrame:
-    """Test scores of a run with their intervals, and the published rows of its data set with the difference, as text."""
+    """Test scores of a run with their intervals, and its data set's published rows with the difference, as text."""
     names = {"text_to_image": "this run", "pretrained": "its CLIP before fine-tuning", "untrained": "random weights"}
     measured = {label: metrics[name] for name, label in names.items() if name in metrics}
     if "hard_negatives" in metrics:

@@ -91,7 +91,7 @@ def load_weights(model: IRRA, path: str | Path) -> None:
 
 def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
     """Write named tensors to a safetensors file, complete or not at all."""
-    with _replaced(path) as aside:
+    with replaced(path) as aside:
         save_file({name: value.detach().contiguous() for name, value in tensors.items()}, aside, metadata)
 
 
@@ -146,7 +146,7 @@ def save_official(model: IRRA, path: str | Path) -> None:
     if not all(block.attn.head_dim == 64 for block in blocks):
         raise ValueError("the released code takes heads of width 64, this model has others")
     state = {released_name(name): value for name, value in learned(model.state_dict()).items()}
-    with _replaced(path) as aside:
+    with replaced(path) as aside:
         torch.save({"model": state}, aside)
 
 
@@ -249,7 +249,7 @@ def _check_positions(positions: int, image_size: tuple[int, int], patch: int, st
 
 
 @contextmanager
-def _replaced(path: str | Path) -> Iterator[Path]:
+def replaced(path: str | Path) -> Iterator[Path]:
     """A file beside `path` to write into; it becomes `path` when all is written, and goes away when anything fails."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")

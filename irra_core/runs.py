@@ -16,6 +16,7 @@ import pandas as pd
 from pandas import DataFrame
 
 from irra_core.annotations import table_digest
+from irra_core.checkpoints import replaced
 from irra_core.evaluation import METRICS, readable, scores_table
 from irra_core.images import image_array
 from irra_core.recipes import RECIPES, Recipe, own_file, project_root, read_recipe, smoke
@@ -205,15 +206,10 @@ def published() -> DataFrame:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all: aside, flushed to the disk, then renamed."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with replaced(path) as aside, aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def machine() -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from irra_core import runs
 from irra_core.annotations import hold_out, load_annotations
 from irra_core.batches import Batches
-from irra_core.checkpoints import load_weights, save_checkpoint, save_tensors
+from irra_core.checkpoints import load_weights, replaced, save_checkpoint, save_tensors
 from irra_core.evaluation import Evaluation, autocast, evaluate, gain, scores
 from irra_core.images import image_array
 from irra_core.losses import total_loss
@@ -123,9 +123,8 @@ def pretrained_general(progress=None) -> Path:
         annotations = load_annotations("synthetic-general", folder).assign(split="train")
         for _ in train(recipe, annotations, folder / "run", progress):
             pass
-        aside = weights.with_name(f".{weights.name}.part")
-        shutil.copyfile(folder / "run" / runs.WEIGHTS, aside)
-        aside.replace(weights)
+        with replaced(weights) as aside:
+            shutil.copyfile(folder / "run" / runs.WEIGHTS, aside)
     return weights
 
 

@@ -206,7 +206,8 @@ def _encoded(model, encode, count: int, batch_size: int, precision: str, progres
 def autocast(device: torch.device, precision: str) -> Iterator[None]:
     """The arithmetic that a recipe's `precision` asks for on this device (`auto`: bf16 on GPU, fp32 on CPU).
 
-    With fp16 the weights are half too (see training.half_weights) and nothing scales the loss, as released.
+    With fp16 the weights are half too (see training.half_weights) and nothing scales the loss, as released. Training
+    steps also take bf16 on a CPU that computes it (see training.step_precision); scores are fp32 there.
     """
     chosen = {"auto": torch.bfloat16 if device.type == "cuda" else None, "bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = chosen.get(precision)

@@ -79,7 +79,7 @@ class Recipe:
     warmup_factor: float = _number(0.1, "paper: the first epoch's share of lr", least=0.0, most=1.0)
     evaluate_every: int | None = _number(None, "none: once an epoch; else steps between evaluations", least=1)
     select_on: str = _number("val", "the released code picks its best epoch on test", ("val", "last", "test"))
-    precision: str = _number("auto", "auto: bf16 autocast on GPU, fp32 on CPU", ("auto", "fp32", "bf16", "fp16"))
+    precision: str = _number("auto", "auto: bf16 autocast where the device computes it, else fp32", ("auto", "fp32", "bf16", "fp16"))
     seed: int = _number(0, "data order, masks, augmentation, new weights", least=0, most=2**31 - 1)
 
     def __post_init__(self):

@@ -105,6 +105,17 @@ def half_weights(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def step_precision(precision: str, device: torch.device) -> str:
+    """The arithmetic of a training step: `auto` is bf16 autocast on a GPU and on a CPU with bf16 instructions.
+
+    Scores are computed in fp32 on every CPU, so that two machines rank alike. bf16 halves the small model's step.
+    """
+    if precision != "auto" or device.type == "cuda":
+        return precision
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # older torch cannot say
+    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
+
+
 def trained_run(recipe: Recipe, annotations: DataFrame, progress=None) -> Path:
     """The folder of the finished run of a recipe: loaded if it is there, resumed or trained if not."""
     folder = runs.run_folder(recipe, runs.data_digest(annotations, recipe, progress)).path
@@ -146,7 +157,8 @@ class _Run:
         self.batches = Batches(table, pixels, tokenize(list(table.caption)), recipe, self.device)
         self.general = pretrained_general(progress) if recipe.pretrained == "general" else None
         self.model = self.initial_model(recipe).to(self.device)
-        if recipe.precision == "fp16":
+        self.precision = step_precision(recipe.precision, self.device)
+        if self.precision == "fp16":
             half_weights(self.model)
         self.optimiser = build_optimiser(self.model, recipe)
         self.step, self.history, self.best, self.seconds = 0, [], _Best(0, -math.inf), {"training": 0.0}
@@ -194,7 +206,7 @@ class _Run:
             group["lr"] = lr * group["factor"]
         batch = self.batches.at(self.step)
         model.train()
-        with autocast(self.device, recipe.precision):
+        with autocast(self.device, self.precision):
             features = model(batch.images, batch.tokens, batch.masked_tokens, batch.labels)
         weight = model.classifier.weight if model.classifier is not None else None
         parts = total_loss(features, batch.pids, recipe, classifier_weight=weight)
@@ -309,5 +321,5 @@ class _Run:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         images = self.step * self.recipe.batch_size / max(self.seconds["training"], 1e-9)
         gpu = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
-        measured = {"seconds": self.seconds, "images_per_second": images}
+        measured = {"precision": self.precision, "seconds": self.seconds, "images_per_second": images}
         return runs.machine() | measured | {"peak_memory_bytes": peak, "peak_gpu_memory_bytes": gpu}

@@ -234,3 +234,25 @@ def test_the_general_weights_are_made_once_and_begin_a_run(monkeypatch, annotati
     list(train(recipe, annotations, tmp_path / "run"))
     metrics = runs.load_run(tmp_path / "run")["metrics"]
     assert metrics["pretrained"] != metrics["untrained"]
+
+
+def test_a_step_takes_bf16_where_the_processor_has_it_and_fp32_where_it_does_not(monkeypatch):
+    cpu = torch.device("cpu")
+    for abilities, expected in (({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx2": True}, "fp32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda abilities=abilities: abilities, raising=False)
+        assert training.step_precision("auto", cpu) == expected
+        assert training.step_precision("fp32", cpu) == "fp32"
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert training.step_precision("auto", cpu) == "fp32"
+    assert training.step_precision("auto", torch.device("cuda")) == "auto"
+
+
+def test_what_a_bf16_run_learns_stays_near_fp32_and_its_machine_says_bf16(annotations, tmp_path, tiny):
+    rows = {}
+    for precision in ("fp32", "bf16"):
+        recipe = tiny.replace(precision=precision, losses="itc", adam_eps=1e-3)
+        rows[precision] = list(irra.train(recipe, annotations, tmp_path / precision))
+        assert json.loads((tmp_path / precision / "machine.json").read_text())["precision"] == precision
+    losses = {name: [row["loss"] for row in found] for name, found in rows.items()}
+    assert losses["bf16"] != losses["fp32"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)

@@ -38,7 +38,7 @@ def people(annotations: DataFrame, *, n: int = 6, views: int = 2, seed: int = 0,
     tall = _cell_height(shown["path"])
     step = views + 0.5  # half a photo between two people
     wide = len(pids) * step - 0.5
-    letters = int(_inches(ax) * (views + 0.2) / wide / (9 * LETTER))
+    letters = int(_inches(ax) * views / wide / (9 * LETTER))
     captions = [
         _wrap(text, letters, most=10) for text in shown.drop_duplicates("pid").set_index("pid")["caption"][pids]
     ]

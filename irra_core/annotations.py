@@ -421,6 +421,11 @@ def count_splits(annotations: DataFrame) -> DataFrame:
     return counts.reindex([split for split in SPLITS if split in counts.index])
 
 
+def photo_table(annotations: DataFrame) -> DataFrame:
+    """One row a photo (of its first caption), by image_id: the order of the decoded image array."""
+    return annotations.drop_duplicates("image_id").sort_values("image_id")
+
+
 def check_annotations(annotations: DataFrame, dataset: str | None = None, read_images: bool = True) -> DataFrame:
     """All findings about the table and its image files, the worst first: `severity, finding, where, count`.
 

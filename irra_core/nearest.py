@@ -13,6 +13,8 @@ from pandas import DataFrame
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from irra_core.checkpoints import replaced
+
 GRAPH = "hnsw.safetensors"
 NEIGHBOURS, BUILD_WIDTH, SEARCH_WIDTH = 32, 200, 64  # of the HNSW graph: recall 0.98 on 5,000 random vectors
 Shard = tuple[DataFrame, Float32[np.ndarray, "_ dim"]]  # some photos' rows (image_id, path, pid) and features
@@ -115,14 +117,8 @@ class Memory:
         arrays = {name: faiss.vector_to_array(getattr(hnsw, name)) for name in ("levels", "offsets", "neighbors")}
         arrays["entry"] = np.array([hnsw.entry_point, hnsw.max_level], np.int64)
         arrays |= {"places": self.places, "removed": vectors.reshape(-1, self.dim)[gone]}
-        replace_file(folder / GRAPH, lambda path: save_file(arrays, path))
-
-
-def replace_file(path: Path, write) -> None:
-    """Write a file aside, then put it in place: it is complete or absent."""
-    aside = path.with_name(path.name + ".partial")
-    write(aside)
-    aside.replace(path)
+        with replaced(folder / GRAPH) as aside:
+            save_file(arrays, aside)
 
 
 def _share_threads() -> None:

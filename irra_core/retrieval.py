@@ -16,10 +16,11 @@ from pandas import DataFrame
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from irra_core.checkpoints import replaced
 from irra_core.evaluation import encode_images, encode_texts
 from irra_core.images import UnreadableImages, decode_images
 from irra_core.milvus import Milvus, is_milvus
-from irra_core.nearest import GRAPH, Memory, Shard, replace_file
+from irra_core.nearest import GRAPH, Memory, Shard
 from irra_core.recipes import Recipe, unknown
 from irra_core.reranking import CANDIDATES, reciprocal_scores, word_scores
 from irra_core.runs import write_text
@@ -388,9 +389,11 @@ def _write_part(folder: Path, photos: DataFrame, features: Float32[np.ndarray, "
     """A part of a gallery's folder. The features come last: a part without them does not count."""
     numbers = [int(path.stem.removeprefix("part-")) for path in folder.glob("part-*.safetensors")]
     part = folder / f"part-{max(numbers, default=-1) + 1:05}"
-    replace_file(part.with_suffix(".parquet"), photos.to_parquet)
+    with replaced(part.with_suffix(".parquet")) as aside:
+        photos.to_parquet(aside)
     arrays = {"features": np.ascontiguousarray(features), "image_id": photos.image_id.to_numpy()}
-    replace_file(part.with_suffix(".safetensors"), lambda path: save_file(arrays, path))
+    with replaced(part.with_suffix(".safetensors")) as aside:
+        save_file(arrays, aside)
 
 
 def _check_free(folder: Path) -> None:

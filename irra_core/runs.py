@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from pandas import DataFrame
 
-from irra_core.annotations import table_digest
+from irra_core.annotations import photo_table, table_digest
 from irra_core.checkpoints import replaced
 from irra_core.evaluation import METRICS, readable, scores_table
 from irra_core.images import image_array
@@ -68,7 +68,7 @@ def _plain(value: Any) -> str:
 
 def data_digest(annotations: DataFrame, recipe: Recipe, progress=None) -> str:
     """The fingerprint of a run's data: the table and its image files (which this decodes if need be)."""
-    photos = annotations.drop_duplicates("image_id").sort_values("image_id")
+    photos = photo_table(annotations)
     pixels = image_array(list(photos.path), recipe.image_height, recipe.image_width, progress=progress)
     return hashlib.sha256(f"{table_digest(annotations)} {pixels.digest}".encode()).hexdigest()
 

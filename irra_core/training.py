@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from irra_core import runs
-from irra_core.annotations import hold_out, load_annotations
+from irra_core.annotations import hold_out, load_annotations, photo_table
 from irra_core.batches import Batches
 from irra_core.checkpoints import load_weights, replaced, save_checkpoint, save_tensors
 from irra_core.evaluation import Evaluation, autocast, evaluate, gain, scores
@@ -46,7 +46,7 @@ def train(recipe: Recipe, annotations: DataFrame, folder: str | Path, progress=N
         return
     if recipe.select_on == "val":
         annotations = hold_out(annotations)
-    photos = annotations.drop_duplicates("image_id").sort_values("image_id")
+    photos = photo_table(annotations)
     pixels = image_array(list(photos.path), recipe.image_height, recipe.image_width).pixels
     run = _Run(recipe, annotations, pixels, folder, progress)
     yield from run.fit()
@@ -309,7 +309,7 @@ class _Run:
 
     def starting_points(self) -> dict[str, IRRA]:
         """What the trained model is compared with: random weights, and the pretrained CLIP without fine-tuning."""
-        found = {"untrained": self.initial_model(self.recipe.replace(pretrained="none"))}
+        found = {"untrained": self.initial_model(self.recipe.replace(pretrained="none", pretrained_towers="both"))}
         if self.recipe.pretrained != "none":
             found["pretrained"] = self.initial_model(self.recipe)
         return found

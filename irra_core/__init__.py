@@ -37,7 +37,11 @@ _MODULES = (
     "evaluation",
     "runs",
     "training",
+    "studies",
+    "leaks",
+    "transfer",
     "plots",
+    "report",
 )
 
 __all__ = [*_HOME, *_MODULES]

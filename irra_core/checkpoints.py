@@ -44,7 +44,7 @@ def load_checkpoint(path: str | Path) -> tuple[IRRA, Recipe]:
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is no checkpoint of this library: read one of the released code's with load_official")
     recipe = read_recipe(json.loads(metadata["recipe"]))
-    model = build_model(recipe.replace(pretrained="none"), int(metadata["num_ids"]))
+    model = build_model(recipe.replace(pretrained="none", pretrained_towers="both"), int(metadata["num_ids"]))
     fill(learned(model.state_dict()), learned(tensors), str(path))
     return model, recipe
 

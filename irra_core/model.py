@@ -240,6 +240,8 @@ def _mlm_head(width: int, vocabulary: int, depth: int) -> nn.Sequential:
 def build_model(recipe: Recipe, num_ids: int, weights: Path | None = None) -> IRRA:
     """The model of a recipe, on the CPU: pretrained CLIP weights, new parts drawn from `recipe.seed`.
 
+    With `pretrained_towers` image or text the other encoder keeps its random weights.
+
     `weights` is the file that pretrained `general` stands for, by default the cached one that training makes. The
     global random state is left alone. Raises ValueError for a backbone, tag or file that does not fit,
     FileNotFoundError for weights that are not there.
@@ -256,8 +258,16 @@ def build_model(recipe: Recipe, num_ids: int, weights: Path | None = None) -> IR
             recipe.padding_attention,
         )
     if file is not None:
+        drawn = {name: value.clone() for name, value in clip.state_dict().items()}
         load_clip_weights(clip, file)
+        clip.load_state_dict({**clip.state_dict(), **_random_tower(drawn, recipe.pretrained_towers)})
     return model
+
+
+def _random_tower(drawn: dict[str, Tensor], pretrained_towers: str) -> dict[str, Tensor]:
+    """Of CLIP's tensors those of the encoder that is not to be pretrained; none where both are."""
+    keep = {"both": (), "image": (False,), "text": (True,)}[pretrained_towers]
+    return {name: value for name, value in drawn.items() if name.startswith("visual.") in keep}
 
 
 @contextmanager

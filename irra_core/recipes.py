@@ -48,9 +48,16 @@ class Recipe:
 
     dataset: str = _number("synthetic", "rendered pedestrians: the data set that everybody has")
     identities: int | None = _number(None, "none: all; else about so many identities, spread over the splits", least=6)
-    preset: str = _number("paper", "paper, or released: the departures of the released code", ("paper", "released"))
+    preset: str = _number(
+        "paper",
+        "paper; study: short runs to compare; released: the departures of the released code",
+        ("paper", "study", "released"),
+    )
     backbone: str = _number("ViT-B-16-quickgelu", "paper: CLIP ViT-B/16; `small` is the synthetic recipe's")
     pretrained: str = _number("openai", "an open_clip tag, a file, `general` (small only) or `none`")
+    pretrained_towers: str = _number(
+        "both", "paper; the other encoder keeps its random weights", ("both", "image", "text")
+    )
     image_height: int = _number(384, "paper, pixels", least=8)
     image_width: int = _number(128, "paper, pixels", least=8)
     stride: int = _number(16, "paper: the patch size; smaller strides overlap, pixels", least=1)
@@ -79,7 +86,7 @@ class Recipe:
     warmup_factor: float = _number(0.1, "paper: the first epoch's share of lr", least=0.0, most=1.0)
     evaluate_every: int | None = _number(None, "none: once an epoch; else steps between evaluations", least=1)
     select_on: str = _number("val", "the released code picks its best epoch on test", ("val", "last", "test"))
-    precision: str = _number("auto", "auto: bf16 autocast where the device computes it, else fp32", ("auto", "fp32", "bf16", "fp16"))
+    precision: str = _number("auto", "auto: bf16 where the device has it, else fp32", ("auto", "fp32", "bf16", "fp16"))
     seed: int = _number(0, "data order, masks, augmentation, new weights", least=0, most=2**31 - 1)
 
     def __post_init__(self):
@@ -163,6 +170,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
+    "study": {"epochs": 2},  # many runs are compared, so each is short
     "released": {
         "mask_captions": True,
         "adam_eps": 1e-3,
@@ -364,6 +372,11 @@ def _open_clip_models() -> dict[str, dict[str, Any]]:
 
 def _check_backbone(recipe: Recipe) -> None:
     """Accept an open_clip model that fits or `small`, and weights that it can have."""
+    if recipe.pretrained == "none" and recipe.pretrained_towers != "both":
+        raise ValueError(
+            f"pretrained_towers {recipe.pretrained_towers!r} has no effect with pretrained 'none', where no encoder is "
+            "pretrained: give weights, or leave pretrained_towers at 'both'"
+        )
     if recipe.backbone == "small":
         if recipe.pretrained not in ("general", "none") and not Path(recipe.pretrained).suffix:
             raise unknown("pretrained", recipe.pretrained, ("general", "none", "the path of a weights file"))

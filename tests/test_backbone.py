@@ -219,6 +219,21 @@ def test_general_weights_are_read_from_the_file_that_is_given(tmp_path):
         assert torch.equal(value, source.clip.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("towers", ["image", "text"])
+def test_the_encoder_that_is_not_pretrained_keeps_its_random_weights(towers, tmp_path):
+    made = irra.recipe(pretrained="none", losses="itc", seed=7)
+    source = irra.build_model(made, 3)
+    irra.save_checkpoint(source, made, tmp_path / "general.safetensors")
+    recipe = irra.recipe(pretrained="general", pretrained_towers=towers, losses="sdm+id+mlm")
+    model = irra.build_model(recipe, 3, weights=tmp_path / "general.safetensors")
+    drawn = irra.build_model(recipe.replace(pretrained="none", pretrained_towers="both"), 3)
+    for name, value in model.state_dict().items():
+        pretrained = name.startswith("clip.") and name.startswith("clip.visual.") == (towers == "image")
+        assert torch.equal(value, (source if pretrained else drawn).state_dict()[name]), name
+    irra.save_checkpoint(model, recipe, tmp_path / "model.safetensors")
+    assert irra.load_checkpoint(tmp_path / "model.safetensors")[1] == recipe
+
+
 def test_without_network_the_error_says_which_file_to_put_where(monkeypatch):
     def fail(*_, **__):
         raise ConnectionError("no route to the hub")

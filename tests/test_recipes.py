@@ -28,6 +28,12 @@ def test_the_released_preset_sets_every_departure_and_nothing_else():
     assert (released.adam_eps, released.select_on, released.precision) == (1e-3, "test", "fp16")
 
 
+def test_the_study_preset_shortens_a_run_from_pretrained_weights_and_one_from_scratch_alike():
+    made = [irra.recipe(preset="study", pretrained=weights) for weights in (None, "none")]
+    assert {each.epochs for each in made} == {PRESETS["study"]["epochs"]}
+    assert irra.recipe(preset="study").differences() == {"preset": "study"}
+
+
 def test_an_override_beats_preset_backbone_and_data_set():
     made = irra.recipe("rstp", backbone="small", preset="released", adam_eps=1e-6, lr=3e-3)
     assert (made.adam_eps, made.lr, made.image_height, made.pretrained) == (1e-6, 3e-3, 96, "general")
@@ -72,6 +78,12 @@ def test_a_recipe_survives_json():
         ({"backbone": "ViT-B-61"}, ValueError, ["'ViT-B-61'", "did you mean 'ViT-B-16'?"]),
         ({"backbone": "RN50"}, ValueError, ["'RN50' is not supported", "vision transformer", "ViT-B-16"]),
         ({"backbone": "ViT-B-16", "pretrained": "general"}, ValueError, ["general", "small CLIP"]),
+        (
+            {"pretrained": "none", "pretrained_towers": "text"},
+            ValueError,
+            ["'text' has no effect", "pretrained 'none'"],
+        ),
+        ({"pretrained_towers": "txet"}, ValueError, ["did you mean 'text'?"]),
         ({"pretrained": "openai"}, ValueError, ["'openai'", "general", "none"]),
         ({"interaction": "crss"}, ValueError, ["did you mean 'cross'?"]),
         ({"select_on": "tset"}, ValueError, ["did you mean 'test'?"]),

@@ -156,27 +156,70 @@ def interval_dots(
     *,
     metric: str = "R1",
     by: str = "losses",
+    hue: str | None = None,
     references: Mapping[str, float] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Axes with one dot a row and its 95 % interval, the largest on top.
+    """Axes with one dot a row and its 95 % interval, the largest on top; with `hue`, a colour a value of it.
 
     results: columns `by`, `metric`, `metric`_low and `metric`_high, in per cent; rows without an interval have a dot
-    alone. `references` are named values in per cent, drawn as upright lines: chance, the ceiling, a published score.
+    alone. With `hue` the rows of one `by` stand on one line, each hue a little lower, and lines are ordered by the
+    first hue. `references` are named values in per cent, drawn as upright lines: chance, the ceiling, a published score.
     """
     ax = plt.gca() if ax is None else ax
-    rows = results.sort_values(metric)
-    bars = [rows[metric] - rows[f"{metric}_low"], rows[f"{metric}_high"] - rows[metric]]
-    places = np.arange(len(rows))
-    ax.errorbar(rows[metric], places, xerr=bars, fmt="o", capsize=3, color=PALETTE[0], markersize=6, linewidth=1.5)
-    ax.set_yticks(places, [str(name) for name in rows[by]])
-    ax.set_ylim(-0.6, len(rows) - 0.4)
+    parts = [(None, results)] if hue is None else list(results.groupby(hue, sort=False))
+    lines = parts[0][1].sort_values(metric)
+    places = {name: place for place, name in enumerate(lines[by])}
+    for number, ((name, rows), color, shape) in enumerate(zip(parts, PALETTE, "oDs^vP", strict=False)):
+        rows = lines if hue is None else rows[rows[by].isin(places)]
+        heights = np.arange(len(rows)) if hue is None else rows[by].map(places) + 0.15 * ((len(parts) - 1) / 2 - number)
+        bars = [rows[metric] - rows[f"{metric}_low"], rows[f"{metric}_high"] - rows[metric]]
+        ax.errorbar(rows[metric], heights, xerr=bars, fmt=shape, capsize=3, color=color, markersize=6, linewidth=1.5,
+                    label=name)  # fmt: skip
+    ax.set_yticks(np.arange(len(lines)), [str(name) for name in lines[by]])
+    ax.set_ylim(-0.6, len(lines) - 0.4)
     for name, value in (references or {}).items():
         ax.axvline(value, color=QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
         ax.annotate(name, (value, 1), xycoords=("data", "axes fraction"), xytext=(0, 4), textcoords="offset points",
                     ha="center", fontsize=8, color=QUIET)  # fmt: skip
     ax.set(xlabel=f"{_spoken(metric)} (%)", ylabel="")
+    if hue is not None:
+        ax.legend(frameon=False, title=None)
     return _finish(ax, grid="x")
+
+
+def similarities(pairs: DataFrame, *, hue: str = "kind", ax: Axes | None = None) -> Axes:
+    """Axes with the distribution of cosine similarity, one outline a value of `hue`, each of the same area.
+
+    pairs: columns `similarity` and `hue`, a row a pair of sentence and photo.
+    """
+    ax = plt.gca() if ax is None else ax
+    sns.histplot(pairs, x="similarity", hue=hue, palette=PALETTE[: pairs[hue].nunique()], stat="density", bins=60,
+                 common_norm=False, element="step", alpha=0.15, ax=ax)  # fmt: skip
+    ax.set(xlabel="cosine similarity", ylabel="density")
+    ax.get_legend().set(frame_on=False)
+    ax.get_legend().set_title(None)
+    return _finish(ax, grid="y")
+
+
+def distribution(shares: Float[np.ndarray, "rows cols"], *, top: float | None = None, ax: Axes | None = None) -> Axes:
+    """Axes with a matrix whose rows are probabilities, dark where they are large; small matrices with their numbers.
+
+    A number is written in per cent, and none where it rounds to 0. `top` is the share that is darkest (default: the
+    largest), so that two matrices can be compared.
+    """
+    ax = plt.gca() if ax is None else ax
+    top = float(shares.max()) if top is None else top
+    ax.imshow(shares, cmap="Blues", vmin=0, vmax=top)
+    if len(shares) <= 12:
+        for (row, column), share in np.ndenumerate(shares):
+            if round(100 * share):
+                color = "white" if share > 0.6 * top else INK
+                ax.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=9, color=color)
+    ax.set(xlabel="sentence", ylabel="photo")
+    ax.set_xticks(range(shares.shape[1]) if len(shares) <= 12 else [])
+    ax.set_yticks(range(len(shares)) if len(shares) <= 12 else [])
+    return ax
 
 
 def caption_lengths(annotations: DataFrame, *, hue: str | None = "split", ax: Axes | None = None) -> Axes:

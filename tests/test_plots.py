@@ -188,3 +188,17 @@ def test_masked_caption_shows_what_is_read_and_what_is_asked_and_runs_no_markup(
     assert "<script>" not in text
     assert "&lt;script&gt;" in text
     assert text.count("<ruby") == 1
+
+
+def test_score_matrix_writes_value_and_interval_in_each_cell_and_not_run_where_there_is_none():
+    cells = DataFrame(
+        {"train": ["b", "b", "a"], "test": ["b", "a", "b"], "R1": [50.0, 20.5, np.nan], "R1_low": [45.0, 18.0, np.nan],
+         "R1_high": [55.0, 23.0, np.nan]}
+    )  # fmt: skip
+    ax = plots.score_matrix(cells, ax=Figure().subplots())
+    written = {tuple(int(v) for v in text.get_position()): text.get_text() for text in ax.texts}
+    assert written == {(0, 0): "50.0\n[45.0, 55.0]", (1, 0): "20.5\n[18.0, 23.0]", (0, 1): "not run", (1, 1): "not run"}
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["b", "a"]
+    assert ax.get_title() == "R@1 (%)"
+    bare = plots.score_matrix(cells[["train", "test", "R1"]], ax=Figure().subplots())
+    assert texts(bare)[:2] == ["50.0", "20.5"]

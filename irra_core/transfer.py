@@ -1,0 +1,186 @@
+"""Runs trained on each data set + the tables of all → the scores of every pair, with leaked photos and without."""
+
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from pandas import DataFrame
+
+from irra_core.annotations import DATA_SETS, data_root, photo_table
+from irra_core.checkpoints import load_checkpoint
+from irra_core.evaluation import METRICS, Interval, evaluate
+from irra_core.images import image_array
+from irra_core.leaks import SAME, pairs, photo_hashes, without
+from irra_core.recipes import smoke
+from irra_core.runs import WEIGHTS, load_run, published, reports_root
+from irra_core.studies import seed_identity_interval
+
+REAL = ("cuhk", "icfg", "rstp")
+RENDERED = ("synthetic", "synthetic-night", "synthetic-campus")
+BEFORE = "CLIP before fine-tuning"
+PAIR = ["train", "test"]
+
+
+def present(dataset: str, root: str | Path | None = None) -> bool:
+    """True when a data set can be had: its annotation file lies below the data root, or it is rendered on first use."""
+    source = DATA_SETS[dataset]
+    return source.paper is None or (data_root(root) / source.folder / source.file).is_file()
+
+
+def transfer_domains(root: str | Path | None = None) -> tuple[str, ...]:
+    """The three real data sets where at least one of them lies below the data root, else the three rendered domains."""
+    return REAL if any(present(name, root) for name in REAL) else RENDERED
+
+
+def transfer_folder(datasets: Iterable[str]) -> Path:
+    """Where the matrix of these data sets is kept, as studies of one data set are in its own folder."""
+    return reports_root() / ("smoke" if smoke() else "") / "+".join(datasets) / "studies" / "transfer"
+
+
+def leaked_photos(tables: Mapping[str, DataFrame], distance: int = SAME, progress=None) -> DataFrame:
+    """Photos in train of one data set and test of another (or the same): `leaks.same_photos` after `train, test`."""
+    found, hashes = [], {}
+    for name, table in tables.items():
+        photos = photo_table(table)
+        for split in ("train", "test"):
+            rows = photos[photos.split == split].reset_index(drop=True)
+            hashes[name, split] = rows, photo_hashes(rows.path, progress)
+    for train in tables:
+        for test in tables:
+            (ours, our_bits), (theirs, their_bits) = hashes[train, "train"], hashes[test, "test"]
+            listed = pairs(ours, theirs, our_bits, their_bits, distance)
+            found.append(listed.assign(train=train, test=test)[[*PAIR, *listed.columns]])
+    return pd.concat(found, ignore_index=True)
+
+
+def transfer_queries(
+    trained: DataFrame, tables: Mapping[str, DataFrame], leaked: DataFrame | None = None, progress=None
+) -> DataFrame:
+    """Every run asked the test captions of every data set: a row a query, with R1, R5, R10, AP and INP in per cent.
+
+    trained: columns `train, seed, path` (of the run folder). `leaks` says whether leaked test photos and their
+    captions were "kept" or "left out"; `query` counts a data set's test captions, so that runs can be paired.
+    """
+    jobs = [(run, test) for run in trained.itertuples() for test in tables]
+    found = []
+    for run, test in progress(jobs, desc="testing", unit="pair") if progress else jobs:
+        table = tables[test]
+        here = None if leaked is None else leaked[(leaked.train == run.train) & (leaked.test == test)]
+        gone = set() if here is None else set(here.test_image_id)
+        model, recipe = load_checkpoint(Path(run.path) / WEIGHTS)
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+        pixels = image_array(list(photo_table(table).path), *model.image_size).pixels
+        kept = _asked(model, table, pixels, recipe.precision)
+        left_out = _asked(model, without(table, gone), pixels, recipe.precision) if gone else kept
+        for leaks, rows in (("kept", kept), ("left out", left_out)):
+            found.append(rows.assign(train=run.train, test=test, seed=run.seed, leaks=leaks))
+    columns = [*PAIR, "seed", "leaks", "query", "pid", "image_id", *METRICS.values()]
+    return pd.concat(found, ignore_index=True)[columns] if found else DataFrame(columns=columns)
+
+
+def _asked(model, table: DataFrame, pixels: np.ndarray, precision: str) -> DataFrame:
+    """What each test caption of a table got; `query` is its row in the table, the same with and without leaks."""
+    queries = table.index[table.split == "test"]
+    return evaluate(model, table, "test", pixels=pixels, precision=precision).text_to_image.assign(query=queries)
+
+
+def transfer_matrix(queries: DataFrame, datasets: Iterable[str], trained: DataFrame | None = None) -> DataFrame:
+    """A row a pair of data sets and a way with leaks: `seeds, queries`, each score, its `_low` and `_high` in per cent.
+
+    A score is the mean over the seeds; its 95 % interval comes from resampling seeds and identities together. A pair
+    that was not run has seeds 0 and NaN. With `trained`, the CLIP that the runs began from is one more row a data set,
+    where they keep its scores.
+    """
+    names, rows = tuple(datasets), []
+    for leaks in ("kept", "left out"):
+        for train in names:
+            for test in names:
+                chosen = queries[(queries.train == train) & (queries.test == test) & (queries.leaks == leaks)]
+                rows.append({"train": train, "test": test, "leaks": leaks, **_cell(chosen)})
+        for test in names if trained is not None else ():
+            rows.append({"train": BEFORE, "test": test, "leaks": leaks, **_before(test, trained)})
+    return DataFrame(rows)
+
+
+def _cell(queries: DataFrame) -> dict[str, Any]:
+    """Seeds, queries and scores of one pair."""
+    if queries.empty:
+        return {"seeds": 0, "queries": 0} | _named(dict.fromkeys(METRICS, (np.nan,) * 3))
+    return {"seeds": queries.seed.nunique(), "queries": queries["query"].nunique()} | _named(_scores(queries))
+
+
+def _before(test: str, trained: DataFrame) -> dict[str, Any]:
+    """The scores of the CLIP that a run on this data set began from, as the run keeps them."""
+    for path in trained[trained.train == test].path:
+        if "pretrained" in (metrics := load_run(path)["metrics"]):
+            return {"seeds": 1, "queries": metrics["queries"]} | _named(metrics["pretrained"])
+    return _cell(DataFrame())
+
+
+def _scores(queries: DataFrame) -> dict[str, Interval]:
+    """Mean over the seeds and interval of each score. Raises ValueError where seeds were not asked the same queries."""
+    pids = queries.drop_duplicates("query").sort_values("query").pid.to_numpy()
+    found = {}
+    for name, column in METRICS.items():
+        values = queries.pivot(index="seed", columns="query", values=column).to_numpy(dtype=np.float64)
+        if np.isnan(values).any():
+            seeds = ", ".join(map(str, queries.seed.unique()))
+            raise ValueError(f"the seeds {seeds} were asked different queries: compare runs on the same data")
+        found[name] = (float(values.mean()), *seed_identity_interval(values, pids))
+    return found
+
+
+def _named(found: Mapping[str, Collection[float]]) -> dict[str, float]:
+    """{R1: (value, low, high)} as {R1, R1_low, R1_high}."""
+    return {f"{name}{end}": float(v) for name, cell in found.items() for end, v in zip(("", "_low", "_high"), cell)}
+
+
+def transfer_losses(queries: DataFrame, datasets: Iterable[str], leaks: str = "kept") -> DataFrame:
+    """What training on another data set costs: a row a pair, its scores less those of the test set's own runs, paired.
+
+    The same queries are asked of runs with the same seed, so the interval (of seeds and identities) is that of the
+    difference. `verdict` says it in words. Pairs that were not run are not compared.
+    """
+    chosen, rows, names = queries[queries.leaks == leaks], [], tuple(datasets)
+    for test in names:
+        own = chosen[(chosen.train == test) & (chosen.test == test)]
+        for train in names:
+            other = chosen[(chosen.train == train) & (chosen.test == test)]
+            difference = _difference(other, own)
+            if train != test and len(difference):
+                gained = _scores(difference)
+                rows.append({"train": train, "test": test, **_named(gained), "verdict": _verdict(train, test, gained)})
+    return DataFrame(rows)
+
+
+def _difference(after: DataFrame, before: DataFrame) -> DataFrame:
+    """What the queries that both were asked (leaks differ from one training set to the next) gained, seed by seed."""
+    keys, columns = ["seed", "query", "pid"], list(METRICS.values())
+    both = after[[*keys, *columns]].merge(before[[*keys, *columns]], on=keys, suffixes=("", "_before"))
+    gained = both[columns].to_numpy(np.float64) - both[[f"{name}_before" for name in columns]].to_numpy(np.float64)
+    return both[keys].assign(**dict(zip(columns, gained.T)))
+
+
+def _verdict(train: str, test: str, difference: Mapping[str, Collection[float]]) -> str:
+    """One sentence on R@1, decided by its interval."""
+    value, low, high = difference["R1"]
+    told = f"{abs(value):.1f} [{min(abs(low), abs(high)):.1f}, {max(abs(low), abs(high)):.1f}]"
+    if high < 0:
+        return f"On {test}, training on {train} instead costs {told} points of R@1."
+    if low > 0:
+        return f"On {test}, training on {train} instead gains {told} points of R@1."
+    return (
+        f"On {test}, training on {train} or on {test}: undecided, R@1 differs by {value:.1f} [{low:.1f}, {high:.1f}]."
+    )
+
+
+def published_matrix() -> DataFrame:
+    """The published R@1 and mAP of IRRA for each pair of the real data sets, in per cent, without intervals."""
+    rows = published()
+    cross = rows[rows.table == "transfer"]
+    own = rows[(rows.table == "results") & (rows.source == "paper") & (rows.method == "IRRA")]
+    table = pd.concat([own, cross]).rename(columns={"train_dataset": "train", "dataset": "test"})
+    return table[[*PAIR, "R1", "mAP", "source"]].sort_values(PAIR, ignore_index=True)

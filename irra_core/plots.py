@@ -164,7 +164,7 @@ def interval_dots(
 
     results: columns `by`, `metric`, `metric`_low and `metric`_high, in per cent; rows without an interval have a dot
     alone. With `hue` the rows of one `by` stand on one line, each hue a little lower, and lines are ordered by the
-    first hue. `references` are named values in per cent, drawn as upright lines: chance, the ceiling, a published score.
+    first hue. `references` are named values in per cent, drawn as upright lines: chance, the ceiling, a published one.
     """
     ax = plt.gca() if ax is None else ax
     parts = [(None, results)] if hue is None else list(results.groupby(hue, sort=False))
@@ -219,6 +219,37 @@ def distribution(shares: Float[np.ndarray, "rows cols"], *, top: float | None = 
     ax.set(xlabel="sentence", ylabel="photo")
     ax.set_xticks(range(shares.shape[1]) if len(shares) <= 12 else [])
     ax.set_yticks(range(len(shares)) if len(shares) <= 12 else [])
+    return ax
+
+
+def score_matrix(
+    cells: DataFrame, *, metric: str = "R1", row: str = "train", column: str = "test", ax: Axes | None = None
+) -> Axes:
+    """Axes with a heat map of a metric in per cent, 0 to 100, its value and interval written in each cell.
+
+    cells: a row a cell, columns `row`, `column`, `metric` and, where known, `metric`_low and `metric`_high. Rows and
+    columns stand in the order of their first appearance; a cell without a value is hatched and says "not run".
+    """
+    ax = plt.gca() if ax is None else ax
+    rows, columns = list(cells[row].unique()), list(cells[column].unique())
+    values = cells.pivot(index=row, columns=column, values=metric).loc[rows, columns].to_numpy(dtype=float)
+    ax.imshow(values, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    found = {(getattr(cell, row), getattr(cell, column)): cell for cell in cells.itertuples()}
+    for y, x in np.ndindex(values.shape):
+        cell, value = found.get((rows[y], columns[x])), values[y, x]
+        if np.isnan(value):
+            ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="white", edgecolor=FAINT, hatch="////"))
+            text, color = "not run", QUIET
+        else:
+            low, high = (getattr(cell, f"{metric}{end}", np.nan) for end in ("_low", "_high"))
+            text = f"{value:.1f}" + ("" if np.isnan(low) else f"\n[{low:.1f}, {high:.1f}]")
+            color = "white" if value > 60 else INK
+        ax.text(x, y, text, ha="center", va="center", fontsize=8, color=color, linespacing=1.4)
+    ax.set_xticks(range(len(columns)), columns, fontsize=8)
+    ax.set_yticks(range(len(rows)), rows, fontsize=8)
+    ax.set(xlabel=f"{column} on", ylabel=f"{row} on", title=f"{_spoken(metric)} (%)")
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
     return ax
 
 

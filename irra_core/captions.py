@@ -1,6 +1,9 @@
 """A person's attributes and what a photo hides of them → a sentence in a domain's style, and what it states."""
 
+import re
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -314,3 +317,53 @@ def hidden_in(view: str, person: Person, out_of_sight: Sequence[str], boxes: dic
     if view == "back" and person["carried"] in ("phone", "cup", "book", "bottle"):
         hidden.add("carried")
     return hidden
+
+
+class Named(NamedTuple):
+    """Words of a caption about one thing that a photo shows."""
+
+    thing: str  # hair, upper, inner, lower, shoes, bag, hat, glasses or carried: the name of its box
+    kind: str  # "colour", or "noun" for what it is called
+    places: list[int]  # of the words in the sentence
+
+
+def things_named(words: Sequence[str]) -> list[Named]:
+    """What a caption of this grammar names, from its words in lower case, marks apart as a tokeniser splits them.
+
+    A colour belongs to the noun that follows it, at once or after a pattern: `a blue striped shirt`.
+    """
+    found, colours, place = [], [], 0
+    while place < len(words):
+        kind, size = _longest(words, place)
+        places = list(range(place, place + size))
+        if kind == "colour":
+            colours.append(places)
+        elif kind == "":
+            colours = []
+        elif kind != "pattern":
+            first = colours[0][0] if colours else place
+            inner = kind == "upper" and list(words[max(first - 2, 0) : first]) in (["over", "a"], ["over", "an"])
+            thing = "inner" if inner else kind
+            found += [Named(thing, "colour", spot) for spot in colours] + [Named(thing, "noun", places)]
+            colours = []
+        place += size
+    return found
+
+
+def _longest(words: Sequence[str], place: int) -> tuple[str, int]:
+    """The longest name that begins at a place: its kind, or "" for none, and how many words it has."""
+    for size in range(4, 0, -1):  # knee - length skirt: a mark is a word of its own
+        if kind := _names().get(tuple(words[place : place + size])):
+            return kind, size
+    return "", 1
+
+
+@lru_cache(maxsize=1)
+def _names() -> dict[tuple[str, ...], str]:
+    """Every name of the grammar, split into words and marks → colour, pattern or the thing that it is a name of."""
+    names = {}
+    for kind in ("pattern", "upper", "lower", "shoes", "bag", "hat", "glasses", "carried", "colour"):
+        for phrase in (phrase for synonyms in WORDS[kind].values() for phrase in synonyms):
+            noun = phrase.split("{} ")[-1].removeprefix("a ").removesuffix(" overhead")
+            names[tuple(re.findall(r"[a-z]+|[^\sa-z]+", noun))] = kind
+    return names | {(noun,): "hair" for noun in ("hair", "bob", "ponytail", "bun")}

@@ -1,18 +1,24 @@
 """A model, photos and a sentence → what each word adds to the score, where it looks, and what stands behind a mask."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from pandas import DataFrame
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from irra_core.captions import things_named
+from irra_core.images import image_array, normalise
+from irra_core.interaction import CrossEncoder, attend, norm, run_block
 from irra_core.model import IRRA
+from irra_core.synthetic import attributes
 from irra_core.text import END_ID, MASK_ID, START_ID, detokenize_words, tokenize, trim
 
+CHUNK = 128  # captions read at once
 WINDOWS = (12, 4)  # rows and columns of the squares that drop-one-patch covers: a hand or a shoe of a pedestrian
 
 
@@ -104,3 +110,149 @@ def fill_masks(model: IRRA, images: Float[Tensor, "photos 3 height width"], text
             word = "".join(piece for piece, _ in detokenize_words(torch.tensor([token])))
             rows.append((photo, mask, rank + 1, word, float(likeliest.values[photo, mask, rank])))
     return DataFrame(rows, columns=["photo", "mask", "rank", "word", "probability"])
+
+
+@torch.inference_mode()
+def rollout(
+    model: IRRA, images: Float[Tensor, "batch 3 height width"], tokens: Int[Tensor, "batch length"]
+) -> Float[Tensor, "batch length rows cols"]:
+    """Where each word's last state comes from: its attention to the patches, followed through the text blocks.
+
+    A block passes on half of a word's own state and half of what the word attends to (mean over heads): the words'
+    maps are mixed in these shares. As in `IRRA.attention` the class token's share is left out. Raises ValueError for
+    another encoder than `cross`, whose blocks alone come after the image. Source: Abnar & Zuidema, "Quantifying
+    Attention Flow in Transformers", ACL 2020.
+    """
+    encoder, length = model.interaction, tokens.shape[1]
+    if not isinstance(encoder, CrossEncoder):
+        raise ValueError(f"rollout follows text blocks behind the image: {type(encoder).__name__} has none, cross has")
+    tokens, real = _attended(model, tokens)
+    mask, shares = None if real is None else real[:, None, None], []
+    words, patches = (
+        norm(encoder.ln_text, model.text_tokens(tokens)),
+        norm(encoder.ln_image, model.image_tokens(images)),
+    )
+    states = attend(encoder.attention, words, patches, record=shares)
+    for block in encoder.blocks:
+        states = run_block(block, states, mask, record=shares)
+    first, *later = (layer.mean(1) for layer in shares)
+    for layer in later:
+        first = (first + layer @ first) / 2
+    return first[:, :length, 1:].unflatten(-1, model.grid)
+
+
+def box_cover(box: Sequence[int], size: tuple[int, int], grid: tuple[int, int]) -> Float[np.ndarray, "rows cols"]:
+    """The share of each patch that lies in a box [x0, y0, x1, y1] of an image of that size (width, height), pixels."""
+    shares = []
+    for low, high, length, cells in ((box[1], box[3], size[1], grid[0]), (box[0], box[2], size[0], grid[1])):
+        edges = np.linspace(0, length, cells + 1)
+        inside = np.minimum(edges[1:], high) - np.maximum(edges[:-1], low)
+        shares.append(inside.clip(min=0) / (length / cells))
+    return np.outer(*shares)
+
+
+def attention_mass(model: IRRA, annotations: DataFrame) -> DataFrame:
+    """How much of the look of each word about a garment or another thing falls into that thing's box.
+
+    A row a colour or noun of a caption of rendered people whose photo shows the thing: pid, image_id, thing, kind,
+    word; attention (the share of the word's attention over the patches that lies in the box, mean over layers and
+    heads), rollout (the same of `rollout`; NaN for encoders without), class_token (the share of all attention that is
+    not on patches) and area (the box's share of the photo: what attention spread evenly would have). Raises
+    ValueError for images that were not rendered or a model without MLM.
+    """
+    boxes = attributes(annotations).set_index("image_id")["boxes"]
+    rows = []
+    for chunk, images, tokens in _read(model, annotations):
+        with torch.inference_mode():
+            maps = {"attention": model.attention(images, tokens)}
+            if isinstance(model.interaction, CrossEncoder):
+                maps["rollout"] = rollout(model, images, tokens)
+        maps = {name: each.float().cpu().numpy() for name, each in maps.items()}
+        for place, caption in enumerate(chunk.itertuples()):
+            with Image.open(caption.path) as photo:
+                size = photo.size
+            for thing, kind, word, positions in _named(tokens[place]):
+                if thing in boxes[caption.image_id]:
+                    cover = box_cover(boxes[caption.image_id][thing], size, model.grid)
+                    looks = {name: each[place, positions].mean(0) for name, each in maps.items()}
+                    mass = {name: float((look * cover).sum() / look.sum()) for name, look in looks.items()}
+                    elsewhere = 1 - float(looks["attention"].sum())
+                    rows.append((caption.pid, caption.image_id, thing, kind, word, mass["attention"],
+                                 mass.get("rollout", np.nan), elsewhere, float(cover.mean())))  # fmt: skip
+    columns = ["pid", "image_id", "thing", "kind", "word", "attention", "rollout", "class_token", "area"]
+    return DataFrame(rows, columns=columns)
+
+
+def _read(model: IRRA, annotations: DataFrame) -> Iterator[tuple[DataFrame, Tensor, Tensor]]:
+    """The captions by the chunk, each with its photo and tokens on the model's device."""
+    device = next(model.parameters()).device
+    photos = annotations.drop_duplicates("image_id")
+    places = dict(zip(photos["image_id"], range(len(photos)), strict=True))
+    pixels = image_array(list(photos["path"]), *model.image_size).pixels
+    for start in range(0, len(annotations), CHUNK):
+        chunk = annotations.iloc[start : start + CHUNK]
+        shown = torch.from_numpy(pixels[[places[image] for image in chunk["image_id"]]])
+        (tokens,) = trim(tokenize(list(chunk["caption"])))
+        yield chunk, normalise(shown.to(device)), tokens.to(device)
+
+
+def _named(tokens: Int[Tensor, " length"]) -> Iterator[tuple[str, str, str, list[int]]]:
+    """The things named in a tokenised caption: thing, kind, word, and the positions of its tokens."""
+    words = detokenize_words(tokens)
+    for thing, kind, places in things_named([word for word, _ in words]):
+        positions = [position for place in places for position in words[place][1]]
+        yield thing, kind, " ".join(words[place][0] for place in places), positions
+
+
+@torch.inference_mode()
+def word_evidence(model: IRRA, annotations: DataFrame, others: int = 8, seed: int = 0) -> DataFrame:
+    """How much the photo tells of each masked word: the caption's own photo against photos of other people.
+
+    A row a colour or noun of one token that a caption of the rendered people's grammar names: pid, image_id, thing,
+    kind, word; with_image, the probability of that word behind a mask in its place, given the caption's photo;
+    without_image, its mean over `others` photos of other people, drawn from the seed; bits, the logarithm to base 2
+    of their ratio; right_with and right_without, whether it is the likeliest of all words. Raises ValueError for a
+    model without MLM.
+    """
+    device, draw = next(model.parameters()).device, np.random.default_rng(seed)
+    photos = annotations.drop_duplicates("image_id").reset_index(drop=True)
+    pixels = image_array(list(photos["path"]), *model.image_size).pixels
+    rows = []
+    for caption in annotations.itertuples():
+        own = np.flatnonzero(photos["image_id"] == caption.image_id)
+        strangers = draw.choice(np.flatnonzero(photos["pid"] != caption.pid), others)
+        images = normalise(torch.from_numpy(pixels[[*own, *strangers]]).to(device))
+        (tokens,) = trim(tokenize([caption.caption]).to(device))
+        named = [item for item in _named(tokens[0]) if len(item[3]) == 1]
+        chances = _chances(model, images, tokens[0], [positions[0] for *_, positions in named])
+        for (thing, kind, word, (position,)), chance in zip(named, chances, strict=True):
+            told, guessed = chance[0], chance[1:].mean(0)
+            true = int(tokens[0, position])
+            rows.append({"pid": caption.pid, "image_id": caption.image_id, "thing": thing, "kind": kind, "word": word,
+                         "with_image": float(told[true]), "without_image": float(guessed[true]),
+                         "bits": float((told[true] / guessed[true]).log2()),
+                         "right_with": int(told.argmax()) == true, "right_without": int(guessed.argmax()) == true,
+                         })  # fmt: skip
+    return DataFrame(rows)
+
+
+def _chances(
+    model: IRRA, images: Float[Tensor, "photos 3 height width"], tokens: Int[Tensor, " length"], places: list[int]
+) -> Float[Tensor, "places photos vocabulary"]:
+    """The probability of every word at each of the places when it alone is masked, photo by photo."""
+    at = torch.tensor(places, dtype=torch.long, device=tokens.device)
+    masked = tokens.repeat(len(places), 1).scatter(1, at[:, None], MASK_ID)
+    masked, real = _attended(model, masked)
+    words, patches = model.text_tokens(masked), model.image_tokens(images)
+    photos = torch.arange(len(images), device=at.device).repeat(len(places))
+    rows = torch.arange(len(places), device=at.device).repeat_interleave(len(images))
+    real = None if real is None else real[rows]
+    states = model.interaction(words[rows], patches[photos], real, at[rows, None])
+    return model.mlm_head(states[:, 0]).float().softmax(1).unflatten(0, (len(places), len(images)))
+
+
+def _attended(model: IRRA, tokens: Int[Tensor, "n length"]) -> tuple[Tensor, Tensor | None]:
+    """The tokens as the text blocks take them, and which of them are attended to (None: all, padding too)."""
+    if model.padding_attention:
+        return F.pad(tokens, (0, model.clip.context_length - tokens.shape[1])), None
+    return tokens, torch.arange(tokens.shape[1], device=tokens.device) <= tokens.argmax(1, keepdim=True)

@@ -487,12 +487,13 @@ def _gains(found: Mapping[int, DataFrame], base: Mapping[int, DataFrame], names:
     return row
 
 
-def _costs(paths: Iterable[str]) -> dict[str, float]:
+def _costs(paths: Iterable[str]) -> dict[str, int | float]:
     """Trained numbers of the network, and the median over the seeds of the seconds a training step took."""
     paths = list(paths)
     with safe_open(Path(paths[0]) / runs.WEIGHTS, "pt") as weights:
-        names = learned(dict.fromkeys(weights.keys()))
-        parameters = sum(int(np.prod(weights.get_slice(name).get_shape())) for name in names)
+        shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118 (not a dict)
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    parameters = sum(tensor.numel() for tensor in learned(tensors).values())
     steps = [_seconds_a_step(run) for run in map(runs.load_run, paths) if run["machine"]]
     return {"parameters": parameters, "step_seconds": statistics.median(steps) if steps else float("nan")}
 

@@ -253,6 +253,35 @@ def score_matrix(
     return ax
 
 
+def gain_dots(
+    results: DataFrame, *, metric: str = "R1", by: str = "variant", hue: str | None = None, ax: Axes | None = None
+) -> Axes:
+    """Axes with what each row gains over the reference, in percentage points, and its 95 % interval; 0 is marked.
+
+    results: columns `by`, `metric`_gain, `metric`_gain_low and `metric`_gain_high; rows keep their order, first on top,
+    and those of one name with different values of `hue` stand below each other. A row without numbers says "not run".
+    """
+    ax = plt.gca() if ax is None else ax
+    names = list(dict.fromkeys(results[by]))
+    parts = [(None, results)] if hue is None else list(results.groupby(hue, sort=False))
+    gain = f"{metric}_gain"
+    for part, ((label, rows), color) in enumerate(zip(parts, PALETTE, strict=False)):
+        known = rows[rows[gain].notna()]
+        places = [names.index(name) + 0.22 * (part - (len(parts) - 1) / 2) for name in known[by]]
+        bars = [known[gain] - known[f"{gain}_low"], known[f"{gain}_high"] - known[gain]]
+        ax.errorbar(known[gain], places, xerr=bars, fmt="osD"[part], capsize=3, color=color, label=label, markersize=5)
+    for place, name in enumerate(names):
+        if results.loc[results[by] == name, gain].isna().all():
+            ax.annotate("not run", (0, place), xytext=(6, 0), textcoords="offset points", va="center", color=QUIET)
+    ax.axvline(0, color=QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.set(xlabel=f"{_spoken(metric)} gained (percentage points)", ylabel="")
+    if hue is not None:
+        ax.legend(frameon=False, title=hue)
+    return _finish(ax, grid="x")
+
+
 def caption_lengths(annotations: DataFrame, *, hue: str | None = "split", ax: Axes | None = None) -> Axes:
     """Axes with how many words the captions have, as a share of each split's captions.
 

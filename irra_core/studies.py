@@ -637,6 +637,30 @@ def _interleaved(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[s
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def beside_published(table: DataFrame, planned: DataFrame) -> DataFrame:
+    """The published ablations of the plan's data set (CUHK-PEDES for rendered people) beside this study's variants.
+
+    Columns: the published `source, dataset, method, R1, params_m, forward_ms`, and `here`, the R1 of the variant with
+    the same losses and interaction encoder as text; "" where the study has none.
+    """
+    made = planned.drop_duplicates("variant").set_index("variant").recipe
+    dataset = made.iloc[0].dataset
+    rows = runs.published()
+    rows = rows[rows.table.isin(["ablation", "interaction"])]
+    rows = rows[rows.dataset == (dataset if (rows.dataset == dataset).any() else "cuhk")]
+    measured = table.set_index("variant")
+    here = []
+    for row in rows.itertuples():
+        alike = [
+            name
+            for name, each in made.items()
+            if each.losses == row.losses and ("mlm" not in each.loss_names or each.interaction == row.interaction)
+        ]
+        found = measured.loc[alike[0]] if alike else None
+        here.append("" if found is None else _plus_minus(found.R1, found.R1_sd) or "not run")
+    return rows[["source", "dataset", "method", "R1", "params_m", "forward_ms"]].assign(here=here).fillna("")
+
+
 def study_folder(study: str, dataset: str) -> Path:
     """Where a study's table and figure are kept: `studies/<study>` below its data set's reports."""
     return runs.reports_root() / ("smoke" if smoke() else "") / runs.dataset_name(dataset) / "studies" / study

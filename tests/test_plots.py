@@ -202,3 +202,19 @@ def test_score_matrix_writes_value_and_interval_in_each_cell_and_not_run_where_t
     assert ax.get_title() == "R@1 (%)"
     bare = plots.score_matrix(cells[["train", "test", "R1"]], ax=Figure().subplots())
     assert texts(bare)[:2] == ["50.0", "20.5"]
+
+
+def test_gain_dots_keep_the_tables_order_and_say_what_was_not_run():
+    table = DataFrame({"variant": ["sdm", "itc", "tal", "itc"], "queries": ["all", "all", "all", "hard"],
+                       "R1_gain": [0.0, -2.1, np.nan, -4.0]})  # fmt: skip
+    table = table.assign(R1_gain_low=table.R1_gain - 1, R1_gain_high=table.R1_gain + 2)
+    ax = Figure().subplots()
+    assert plots.gain_dots(table, hue="queries", ax=ax) is ax
+    assert not plt.get_fignums()
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["sdm", "itc", "tal"]
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the first row is on top
+    dots = {bars.get_label(): bars.lines[0].get_xdata().tolist() for bars in ax.containers}
+    assert dots == {"all": [0.0, -2.1], "hard": [-4.0]}
+    ends = [segment[:, 0].tolist() for segment in ax.containers[0].lines[2][0].get_segments()]
+    assert ends == [[-1.0, 2.0], [-3.1, pytest.approx(-0.1)]]
+    assert [(text.get_text(), text.xy[1]) for text in ax.texts] == [("not run", 2)]

@@ -22,7 +22,7 @@ test: .venv/ready lint  ## everything that continuous integration checks
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/nbstripout --verify notebooks/*.ipynb
+	$(BIN)/nbstripout --keep-count --verify notebooks/*.ipynb
 
 notebooks: .venv/ready  ## every notebook, shrunken, cell by cell; then one as a user types it
 	rm -rf reports/smoke

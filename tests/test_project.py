@@ -98,6 +98,10 @@ def test_a_notebook_keeps_the_rules(path):
         assert re.fullmatch(r'\w+: (int|float|str|bool) = (None|True|False|[\d.e-]+|"[^"#]*")  # [^=|]+', line), line
     for cell in code[1:]:
         assert len(cell.source.splitlines()) <= 16, cell.source
+    for cell in code:
+        kept = {"keep_output", "nbval-check-output"} <= set(cell.metadata.get("tags", []))
+        assert bool(cell.outputs) == kept, cell.source
+        assert (cell.execution_count is not None) == kept, cell.source  # nbval refuses outputs without a number
 
 
 def test_the_help_of_train_shows_every_field_of_the_recipe():

@@ -4,7 +4,7 @@ BIN := .venv/bin
 REPORTS := $(or $(IRRA_REPORTS),reports)
 ARGS ?=
 
-.PHONY: train test lab lock lint notebooks
+.PHONY: train test lab lock lint notebooks report
 
 train: .venv/ready  ## trains on the default data set; ARGS="-p dataset rstp -p epochs 1" goes to papermill
 	@mkdir -p "$(REPORTS)"
@@ -28,6 +28,9 @@ notebooks: .venv/ready  ## every notebook, shrunken, cell by cell; then one as a
 	rm -rf reports/smoke
 	IRRA_SMOKE=1 $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 notebooks
 	cd notebooks && IRRA_SMOKE=1 ../$(BIN)/papermill --no-progress-bar train.ipynb ../reports/smoke/out.ipynb -p seed 1
+
+report: .venv/ready  ## every finished run and study on one page, index.html in the reports folder
+	@$(BIN)/python -c "import irra_core as irra; print(irra.report.write_report())"
 
 lab: .venv/ready  ## JupyterLab in the notebooks folder
 	$(BIN)/jupyter lab --notebook-dir=.

@@ -9,7 +9,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from pandas import DataFrame
 from PIL import Image
 
@@ -92,6 +92,15 @@ def pairs(
             columns[f"{name}_{column}"] = table[column].to_numpy()[rows]
     listed = DataFrame({**columns, "distance": bits.astype(np.int64)})
     return listed.sort_values(["distance", "test_image_id", "train_image_id"], ignore_index=True)
+
+
+def nearest(
+    train_hashes: UInt8[np.ndarray, "train 32"], test_hashes: UInt8[np.ndarray, "test 32"]
+) -> Int[np.ndarray, " test"]:
+    """The bits between each test photo and the train photo that is nearest to it."""
+    index = faiss.IndexBinaryFlat(8 * test_hashes.shape[1])
+    index.add(np.ascontiguousarray(train_hashes))
+    return index.search(np.ascontiguousarray(test_hashes), 1)[0][:, 0]
 
 
 def sensitivity(paths: Iterable[str | Path], distance: int = SAME) -> DataFrame:

@@ -120,3 +120,11 @@ def test_an_unreadable_photo_is_named(rendered, tmp_path):
     table = DataFrame({"pid": [0], "image_id": [0], "path": [str(tmp_path / "broken.jpg")]})
     with pytest.raises(UnreadableImages, match=r"broken\.jpg"):
         leaks.same_photos(rendered, table)
+
+
+def test_the_nearest_photo_is_the_nearest_of_all(rendered):
+    paths = list(rendered.path.unique())
+    hashes = leaks.photo_hashes(paths)
+    bits = np.unpackbits(hashes, axis=1).astype(int)
+    expected = [min(int((one != other).sum()) for other in bits[16:]) for one in bits[:16]]
+    assert leaks.nearest(hashes[16:], hashes[:16]).tolist() == expected

@@ -8,7 +8,7 @@ import pytest
 from pandas import DataFrame
 
 import irra_core as irra
-from irra_core import transfer
+from irra_core import leaks, transfer
 from irra_core.annotations import load_annotations
 from irra_core.metrics import bootstrap_interval
 from irra_core.synthetic import make_synthetic
@@ -34,8 +34,7 @@ def queries() -> DataFrame:
     for train, test, level in (("one", "one", 60), ("one", "two", 20), ("two", "two", 70)):
         for seed in (0, 1):
             values = 100.0 * (draw.random(80) * 100 < level)
-            for leaks in ("kept", "left out"):
-                parts.append(asked(train, test, values, seed, leaks))
+            parts += [asked(train, test, values, seed, kept) for kept in ("kept", "left out")]
     return pd.concat(parts).sample(frac=1, random_state=0)  # the order of the rows means nothing
 
 
@@ -119,9 +118,13 @@ def tables(tmp_path_factory) -> dict[str, DataFrame]:
 
 
 def test_a_leaked_photo_is_found_and_leaves_the_queries_and_the_gallery_of_the_one_pair_where_it_leaked(tables):
-    leaked = transfer.leaked_photos(tables)
+    hashed = transfer.hashed_photos(tables)
+    leaked = transfer.leaked_photos(hashed)
     (pair,) = leaked.itertuples()
     assert (pair.train, pair.test, pair.distance) == ("one", "two", 0)
+    distances = transfer.nearest_photos(hashed)
+    assert distances.distance.min() == 0
+    assert (distances.distance <= leaks.SAME).sum() == 1
     recipe = irra.recipe(pretrained="none", losses="itc", batch_size=8, max_steps=2)
     run = trained_run(recipe, tables["one"])
     trained = DataFrame({"train": ["one"], "seed": [0], "path": [run]})

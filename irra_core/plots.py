@@ -222,19 +222,17 @@ def distribution(shares: Float[np.ndarray, "rows cols"], *, top: float | None = 
     return ax
 
 
-def score_matrix(
-    cells: DataFrame, *, metric: str = "R1", row: str = "train", column: str = "test", ax: Axes | None = None
-) -> Axes:
-    """Axes with a heat map of a metric in per cent, 0 to 100, its value and interval written in each cell.
+def score_matrix(cells: DataFrame, *, metric: str = "R1", ax: Axes | None = None) -> Axes:
+    """Axes with a heat map of a metric in per cent, 0 to 100, for each pair of training and test set, and its interval.
 
-    cells: a row a cell, columns `row`, `column`, `metric` and, where known, `metric`_low and `metric`_high. Rows and
-    columns stand in the order of their first appearance; a cell without a value is hatched and says "not run".
+    cells: a row a pair, columns `train, test`, `metric` and, where known, `metric`_low and `metric`_high. Data sets
+    stand in the order of their first appearance; a cell without a value is hatched and says "not run".
     """
     ax = plt.gca() if ax is None else ax
-    rows, columns = list(cells[row].unique()), list(cells[column].unique())
-    values = cells.pivot(index=row, columns=column, values=metric).loc[rows, columns].to_numpy(dtype=float)
+    rows, columns = list(cells["train"].unique()), list(cells["test"].unique())
+    values = cells.pivot(index="train", columns="test", values=metric).loc[rows, columns].to_numpy(dtype=float)
     ax.imshow(values, cmap="Blues", vmin=0, vmax=100, aspect="auto")
-    found = {(getattr(cell, row), getattr(cell, column)): cell for cell in cells.itertuples()}
+    found = {(cell.train, cell.test): cell for cell in cells.itertuples()}
     for y, x in np.ndindex(values.shape):
         cell, value = found.get((rows[y], columns[x])), values[y, x]
         if np.isnan(value):
@@ -247,7 +245,9 @@ def score_matrix(
         ax.text(x, y, text, ha="center", va="center", fontsize=8, color=color, linespacing=1.4)
     ax.set_xticks(range(len(columns)), columns, fontsize=8)
     ax.set_yticks(range(len(rows)), rows, fontsize=8)
-    ax.set(xlabel=f"{column} on", ylabel=f"{row} on", title=f"{_spoken(metric)} (%)")
+    ax.set_xlabel("tested on", fontsize=9)
+    ax.set_ylabel("trained on", fontsize=9)
+    ax.set_title(f"{_spoken(metric)} (%)", fontsize=10)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     return ax

@@ -93,6 +93,12 @@ SAID = {  # how often a sentence tells what is in sight; the ceiling of the data
     "gender": 0.9, "hair": 0.52, "upper": 0.97, "pattern": 0.88, "worn": 0.5, "inner_colour": 0.75, "lower": 0.92,
     "shoes": 0.58, "bag": 0.82, "hat": 0.86, "glasses": 0.5, "carried": 0.66, "type": 0.88, "colour": 0.94,
 }  # fmt: skip
+SAID_IN = {  # the web names an outfit in passing; annotators of person search are asked to leave nothing out
+    "general": {
+        "hair": 0.3, "pattern": 0.6, "worn": 0.15, "inner_colour": 0.4, "lower": 0.65, "shoes": 0.2, "bag": 0.5,
+        "hat": 0.6, "glasses": 0.25, "carried": 0.4,
+    },
+}  # fmt: skip
 STYLES = {  # which frame a domain's annotators like
     "general": {"sentence": 3, "dressed": 3, "list": 2, "short": 3, "there": 2},
     "street": {"sentence": 5, "dressed": 3, "there": 1},
@@ -111,12 +117,13 @@ def weighted(weights: dict[str, int | float], rng: np.random.Generator, without:
 class Teller:
     """Says what is in sight of one person, and keeps the attributes that it has stated."""
 
-    def __init__(self, person: Person, hidden: set[str], rng: np.random.Generator):
+    def __init__(self, person: Person, hidden: set[str], domain: str, rng: np.random.Generator):
         self.person, self.hidden, self.rng = person, hidden, rng
+        self.said = SAID | SAID_IN.get(domain, {})
         self.stated: Person = {}
 
     def says(self, slot: str) -> bool:
-        return self.rng.random() < SAID[slot]
+        return self.rng.random() < self.said[slot]
 
     def word(self, slot: str, value: str, states: str = "") -> str:
         """A synonym; states the attribute whose value it is."""
@@ -210,7 +217,7 @@ def _listed(phrases: Sequence[str]) -> str:
 
 def caption_of(person: Person, hidden: set[str], domain: str, rng: np.random.Generator) -> tuple[str, Person]:
     """A sentence about a photo and the attributes that it states."""
-    teller = Teller(person, hidden, rng)
+    teller = Teller(person, hidden, domain, rng)
     named = teller.says("gender")
     noun = teller.word("gender", person["gender"], "gender") if named else teller.word("gender", "")
     parts = teller.parts()

@@ -18,6 +18,7 @@ from irra_core.backbone import WEIGHT_SUFFIXES, configuration, download, load_cl
 from irra_core.images import cache_root
 from irra_core.interaction import build_interaction, norm, run_block
 from irra_core.recipes import Recipe, pretraining, project_root
+from irra_core.synthetic import RENDERING
 
 
 @dataclass
@@ -279,8 +280,8 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def general_weights(recipe: Recipe) -> Path:
-    """Where the small CLIP pretrained by that recipe is kept, made or not."""
-    key = hashlib.sha256(recipe.to_json().encode()).hexdigest()[:16]
+    """Where the small CLIP pretrained by that recipe is kept, made or not; other renderings have other weights."""
+    key = hashlib.sha256(f"{recipe.to_json()} {RENDERING}".encode()).hexdigest()[:16]
     return cache_root() / "general" / f"{key}.safetensors"
 
 

@@ -23,7 +23,7 @@ from irra_core.recipes import DOMAINS, SMOKE_IDENTITIES, Recipe, smoke, unknown
 from irra_core.scenery import photograph
 from irra_core.sketch import Number, tone
 
-RENDERING = 5  # raised whenever the same seed would give other pixels, people or captions
+RENDERING = 6  # raised whenever the same seed would give other pixels, people or captions
 MARKER = "synthetic.json"  # lies beside the annotation file of rendered people and says how they were made
 VIEWS = ("front", "back", "side", "any")  # of an identity's images
 TWINS = 0.22  # hard-negative pairs for each identity: 176 among 800 people

@@ -278,7 +278,7 @@ def gain_dots(
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.set(xlabel=f"{_spoken(metric)} gained (percentage points)", ylabel="")
     if hue is not None:
-        ax.legend(frameon=False, title=hue)
+        ax.legend(frameon=False, title=hue, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # outside: no dot below it
     return _finish(ax, grid="x")
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from irra_core.checkpoints import load_checkpoint
 from irra_core.evaluation import METRICS
 from irra_core.interaction import build_interaction
 from irra_core.recipes import PRESETS, Recipe, project_root, recipe, smoke, unknown
-from irra_core.synthetic import open_annotations
+from irra_core.synthetic import is_rendered, open_annotations, twin_pids
 from irra_core.text import VOCABULARY
 from irra_core.training import pretrained_general
 
@@ -91,6 +92,11 @@ STUDIES: dict[str, Study] = {
         | {"all but fp16": {name: value for name, value in _SWITCHES.items() if name != "precision"}}
         | {"all": _SWITCHES}
         | {f"cmpm, target by {target}": {"losses": "cmpm", "cmpm_target": target} for target in ("sum", "l2")},
+    ),
+    "selection": Study(  # for short runs, which have few epochs to pick from
+        "How much does picking the best evaluation on test inflate the result?",
+        "picked on val",
+        {f"picked on {on}": {"losses": "sdm", "evaluate_every": 10, "select_on": on} for on in ("val", "test")},
     ),
 }
 
@@ -524,6 +530,55 @@ def _counts(drawn: Int[np.ndarray, "draws n"], n: int) -> Float[np.ndarray, "dra
     return np.bincount((rows + drawn).ravel(), minlength=len(drawn) * n).reshape(len(drawn), n).astype(np.float64)
 
 
+def selection_inflation(finished: DataFrame, on_val: str, on_test: str) -> DataFrame:
+    """What picking weights on test adds to R@1 on test, a row a seed: the two variants train alike and pick otherwise.
+
+    Columns: `seed`, `evaluations` to pick from, `val_step` and `test_step` that were picked, the test R@1 of both
+    (`picked_on_val, picked_on_test`) and `inflation`, their difference in percentage points. It cannot be negative.
+    """
+    ended = finished[finished.status == "finished"]
+    paths = {name: ended[ended.variant == name].set_index("seed").path for name in (on_val, on_test)}
+    rows = []
+    for seed in [seed for seed in paths[on_val].index if seed in paths[on_test].index]:
+        val, test = (runs.load_run(paths[name][seed]) for name in (on_val, on_test))
+        steps = [run["metrics"]["selected"]["step"] for run in (val, test)]
+        scores = test["history"].set_index("step").test_R1[steps].tolist()
+        rows.append((seed, len(test["history"]), *steps, *scores, scores[1] - scores[0]))
+    columns = ["seed", "evaluations", "val_step", "test_step", "picked_on_val", "picked_on_test", "inflation"]
+    return DataFrame(rows, columns=columns)
+
+
+def hard_queries(annotations: DataFrame, made: Recipe, share: float = 0.1) -> Bool[np.ndarray, " queries"]:
+    """Which test captions are hard, a truth a query in the order of queries.csv.
+
+    Of rendered people those whose person has a near-twin. Of others the given share that resembles a caption of another
+    test person most: the largest cosine of their words, each weighted by log(captions / captions that hold it).
+    """
+    test = annotations[annotations.split == "test"].reset_index(drop=True)
+    if is_rendered(annotations, made):
+        return np.isin(test.pid.to_numpy(), list(twin_pids(annotations, made)))
+    likeness = _likeness(list(test.caption), test.pid.to_numpy())
+    return likeness >= np.quantile(likeness, 1 - share)
+
+
+def _likeness(
+    captions: list[str], pids: Int[np.ndarray, " captions"], chunk: int = 256
+) -> Float[np.ndarray, " captions"]:
+    """Of each caption the largest cosine of its weighted words to a caption of another person."""
+    words = [set(re.findall(r"\w+", caption.lower())) for caption in captions]
+    column = {word: place for place, word in enumerate(sorted(set().union(*words)))}
+    holds = np.zeros((len(captions), len(column)), dtype=np.float32)
+    for row, found in enumerate(words):
+        holds[row, [column[word] for word in found]] = 1
+    weighted = holds * np.log(len(captions) / holds.sum(0))
+    weighted /= np.maximum(np.linalg.norm(weighted, axis=1, keepdims=True), 1e-12)
+    largest = []
+    for start in range(0, len(captions), chunk):
+        cosine = weighted[start : start + chunk] @ weighted.T
+        largest.append(np.where(pids[start : start + chunk, None] == pids, -1.0, cosine).max(1))
+    return np.concatenate(largest)
+
+
 def verdict(row: Series | Mapping[str, Any]) -> str:
     """What a row of `compare` says about R@1, computed from its interval, in percentage points."""
     name, reference = row["variant"], row["reference"]
@@ -558,8 +613,9 @@ def readable(table: DataFrame) -> DataFrame:
     text["s a step"] = [_number(value, "{:.3f}") for value in table.step_seconds]
     if "inference_ms" in table:
         text["inference (ms a pair)"] = [_number(value, "{:.2f}") for value in table.inference_ms]
-    text["seeds"] = [str(seeds) if status == "finished" else status for seeds, status in zip(table.seeds, table.status)]
-    text.loc[table.seeds == 0, "R1 (%)"] = [status.split(":")[0] for status in table.status[table.seeds == 0]]
+    short = [status.split(":")[0] for status in table.status]  # the reasons are in the table of runs
+    text["seeds"] = [str(seeds) if said == "finished" else said for seeds, said in zip(table.seeds, short)]
+    text.loc[table.seeds == 0, "R1 (%)"] = [said for seeds, said in zip(table.seeds, short) if not seeds]
     return text.set_index("")
 
 

@@ -1,6 +1,7 @@
 """Studies: their grids, running them through papermill, and the comparison against slow loops."""
 
 import json
+import math
 import os
 import statistics
 import time
@@ -347,6 +348,45 @@ def test_without_known_twins_the_hard_table_says_that_there_are_none(finished):
     table = compare(finished, "sdm", hard=True)
     assert table.R1.isna().all()
     assert table.status[0] == "not available: no query is marked as hard"
+
+
+def test_the_inflation_is_what_the_test_scores_of_both_picks_differ_by(finished):
+    folder = {name: Path(finished[finished.variant == name].path.iloc[1]) for name in ("sdm", "itc")}
+    DataFrame({"step": [5, 10, 15], "test_R1": [40.0, 47.0, 44.0]}).to_csv(folder["itc"] / "history.csv")
+    for name, step in (("sdm", 15), ("itc", 10)):
+        (folder[name] / "metrics.json").write_text(json.dumps({"selected": {"on": "", "step": step}}))
+    found = studies.selection_inflation(finished[finished.seed == 1], "sdm", "itc")
+    assert found.to_dict("list") == {
+        "seed": [1], "evaluations": [3], "val_step": [15], "test_step": [10],
+        "picked_on_val": [44.0], "picked_on_test": [47.0], "inflation": [3.0],
+    }  # fmt: skip
+
+
+def test_hard_queries_are_those_of_twins_or_those_that_read_most_like_another_persons(tmp_path):
+    made = irra.recipe()
+    irra.make_synthetic(tmp_path, people=24)
+    table = irra.load_annotations("synthetic", tmp_path)
+    twins = irra.synthetic.near_twins(table)
+    assert studies.hard_queries(table, made).tolist() == [bool(twins[pid]) for pid in table[table.split == "test"].pid]
+
+    test = table[table.split == "test"]
+    plain = str.maketrans(dict.fromkeys(",.-'", " "))
+    words = [set(caption.lower().translate(plain).split()) for caption in test.caption]
+    weight = {w: math.log(len(words) / sum(w in other for other in words)) for w in set().union(*words)}
+    length = [math.sqrt(sum(weight[w] ** 2 for w in own)) for own in words]
+    likeness = [
+        max(
+            sum(weight[w] ** 2 for w in words[i] & words[j]) / (length[i] * length[j])
+            for j in range(len(words))
+            if test.pid.iloc[i] != test.pid.iloc[j]
+        )
+        for i in range(len(words))
+    ]
+    assert studies._likeness(list(test.caption), test.pid.to_numpy(), chunk=7) == pytest.approx(likeness, abs=1e-5)
+    found = studies.hard_queries(table, irra.recipe("rstp", backbone="small"), share=0.25)
+    assert likeness[int(np.argmax(likeness))] == max(value for value, hard in zip(likeness, found) if hard)
+    assert min(np.array(likeness)[found]) >= max(np.array(likeness)[~found])
+    assert len(found) / 4 <= found.sum() <= len(found) / 2
 
 
 def test_runs_on_other_queries_and_unknown_references_are_refused(finished):

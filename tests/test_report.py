@@ -1,0 +1,190 @@
+"""The page of all results: every run, study and published row, marked and escaped, and it needs no other file."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+import pandas as pd
+import pytest
+from pandas import DataFrame
+
+import irra_core as irra
+from irra_core import report, runs
+
+SCORES = {"R1": 41.0, "R5": 62.0, "R10": 73.0, "mAP": 44.0, "mINP": 25.0}
+SVG = '<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'
+
+
+class Page(HTMLParser):
+    """What a browser sees of a page: its tags with their attributes, and its words."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.words, self.open = [], "", []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br", "path", "circle", "polyline", "link"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words += data
+
+    def all(self, tag: str, name: str) -> list[str]:
+        return [attrs[name] for found, attrs in self.tags if found == tag and name in attrs]
+
+
+def make_run(root: Path, recipe, shift: float = 0.0, folder: Path | None = None) -> Path:
+    """A run folder as a finished training leaves it, without weights; 20 queries of 10 people."""
+    folder = folder or runs.run_folder(recipe, "data", root).path
+    runs.begin(folder, recipe, "data")
+    draw = np.random.default_rng(recipe.seed)
+    queries = DataFrame({"pid": np.arange(20) // 2, "rank": 1})
+    for column in ("R1", "R5", "R10", "AP", "INP"):
+        queries[column] = 100.0 * (draw.random(20) < 0.5)
+    scores = {name: [value + shift, value + shift - 5, value + shift + 5] for name, value in SCORES.items()}
+    metrics = {"selected": {"on": recipe.select_on, "step": 2}, "queries": 20, "text_to_image": scores}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    queries.to_csv(folder / "queries.csv", index=False)
+    history = DataFrame({"step": [1, 2], "sdm": [3.0, 2.0], "loss": [3.0, 2.0], "val_R1": [30.0, 40.0]})
+    history.to_csv(folder / "history.csv", index=False)
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """Two seeds of CUHK-PEDES's recipe, a run selected on test, an example, a shrunken run and a study."""
+    root = tmp_path / "reports"
+    for seed in (0, 1):
+        (make_run(root, irra.recipe("cuhk", seed=seed)) / "train.ipynb").write_text("{}")
+    make_run(root, irra.recipe("cuhk", losses="itc", select_on="test"), shift=20)
+    make_run(root, irra.recipe(), folder=root / "example")
+    (root / "example" / "train.html").write_text("")
+    make_run(root, irra.recipe("rstp", losses="tal"), folder=root / "smoke" / "rstp" / "smoke")
+    study = root / "cuhk" / "studies" / "<b>rq9"
+    study.mkdir(parents=True)
+    DataFrame({"variant": ["<script>alert(2)</script>"], "R1": [12.345]}).to_csv(study / "table.csv", index=False)
+    (study / "figure.svg").write_text(SVG)
+    return root
+
+
+@pytest.fixture
+def page(root) -> Page:
+    return Page(report.write_report(root).read_text())
+
+
+def rows(root: Path, dataset: str) -> list[str]:
+    """The words of each line of a data set's leaderboard."""
+    text = (root / "index.html").read_text()
+    section = text.split(f'<section id="data-{dataset}">')[1].split("</section>")[0]
+    return [re.sub(r"<title>.*?</title>|<[^>]+>", " ", row) for row in section.split("</table>")[0].split("<tr")[2:]]
+
+
+def test_runs_that_differ_only_in_the_seed_share_a_line_with_the_mean_and_its_interval(root):
+    (line,) = [entry for entry in report.entries(root) if entry.name == "default" and not entry.example]
+    values = [pd.read_csv(folder / "queries.csv").R1 for folder in line.folders]
+    assert len(values) == 2
+    assert line.scores["R1"][0] == pytest.approx(sum(value.mean() for value in values) / 2)
+    assert line.scores["R1"][1] < line.scores["R1"][0] < line.scores["R1"][2]
+
+
+def test_one_runs_scores_are_those_of_its_metrics(root):
+    (line,) = [entry for entry in report.entries(root) if "itc" in entry.name]
+    assert line.scores["R1"] == (61.0, 56.0, 66.0)
+
+
+def test_the_leaderboard_is_in_the_order_of_recall_with_the_published_rows_among_the_runs(root, page):
+    found = rows(root, "cuhk")
+    first = [float(re.search(r"\d+\.\d", row)[0]) for row in found]
+    assert first == sorted(first, reverse=True)
+    assert ["published" in row for row in found] == [True, True, False, False]
+    assert "paper" in found[0]
+    assert "released README" in found[0]
+    assert "56.0 – 66.0" in found[2]
+
+
+def test_a_run_selected_on_test_and_an_example_are_marked_and_no_other_is(root, page):
+    assert ["selected on test" in row for row in rows(root, "cuhk")] == [False, False, True, False]
+    (row,) = rows(root, "synthetic")
+    assert "example" in row
+    assert "selected on test" not in row
+    assert "example" not in "".join(rows(root, "cuhk"))
+
+
+def test_a_shrunken_run_is_on_no_page_but_its_own(root, page, monkeypatch):
+    assert "tal" not in page.words
+    monkeypatch.setenv("IRRA_SMOKE", "1")
+    path = report.write_report(root)
+    assert path == root / "smoke" / "index.html"
+    assert "tal" in Page(path.read_text()).words
+
+
+def test_the_page_needs_no_other_file_and_no_network(page):
+    tags = {tag for tag, _ in page.tags}
+    assert not tags & {"script", "link", "iframe", "object"}
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in page.all("img", "src"))
+    assert not re.search(r"https?://", " ".join(page.all("a", "href")))
+    assert page.open == []
+
+
+def test_every_link_leads_to_a_file_or_a_section(root, page):
+    links, anchors = page.all("a", "href"), page.all("section", "id")
+    for link in links:
+        assert link[1:] in anchors if link.startswith("#") else (root / unquote(link)).exists(), link
+    assert any(link.endswith("example/train.html") for link in links)
+    assert sum(link.endswith("train.ipynb") for link in links) == 2
+
+
+def test_what_files_and_tables_hold_is_shown_and_never_run(root, page):
+    assert "<script>alert(2)</script>" in page.words
+    assert "<b>rq9" in page.words
+    assert "12.3" in page.words
+    assert "alert(1)" not in (root / "index.html").read_text()
+
+
+def test_learning_curves_are_pictures_of_every_line(page):
+    assert sum("curves" in label for label in page.all("img", "alt")) == 3
+
+
+def test_the_table_of_a_study_comes_with_its_verdicts():
+    gains = {"R1_gain": 5.0, "R1_gain_low": 2.0, "R1_gain_high": 8.0, "mAP_gain": 1.0, "mAP_gain_low": 0.5}
+    scores = {f"{name}{end}": 50.0 for name in SCORES for end in ("", "_sd")}
+    fixed = {"reference": "sdm", "status": "finished", "seeds": 3, "parameters": 1e6, "step_seconds": 0.1}
+    table = DataFrame(
+        [{"variant": name, **fixed, **scores, **gains, "mAP_gain_high": 2.0} for name in ("sdm", "<itc>")]
+    )
+    shown = Page(report.study_table(table))
+    assert "<itc> beats sdm by 5.0 [2.0, 8.0]" in shown.words
+    assert "+5.0 [2.0, 8.0]" in shown.words
+
+
+def test_the_table_of_a_transfer_says_what_was_not_run():
+    queries = DataFrame(columns=["train", "test", "leaks", "seed", "query", "pid"])
+    table = irra.transfer.transfer_matrix(queries, ("cuhk", "rstp"))
+    assert Page(report.study_table(table)).words.count("not run") == 2 * 4 * len(SCORES)
+
+
+def test_a_folder_without_runs_gives_a_page_with_what_is_published(tmp_path):
+    words = Page(report.write_report(tmp_path / "none").read_text()).words
+    assert "0 finished runs" in words
+    assert "73.4" in words
+    assert "Not run here" in words
+
+
+def test_the_committed_example_is_on_the_page_of_a_fresh_clone(tmp_path):
+    example = Path(__file__).resolve().parent.parent / "reports" / "example"
+    (tmp_path / "example").symlink_to(example)
+    assert runs.collect(tmp_path).empty  # links are not followed, so that `latest` counts no run twice
+    found = report.entries(example.parent)
+    assert any(entry.example for entry in found)

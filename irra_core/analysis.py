@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from pandas import DataFrame
 from torch import Tensor
 
@@ -161,12 +161,13 @@ def calibration_error(found: DataFrame, bins: int = 10, draws: int = 2000, seed:
 
 
 def calibrated_temperature(
-    similarity: Float[Tensor, "queries gallery"], same: Bool[Tensor, "queries gallery"]
+    similarity: Float[Tensor, "queries gallery"], queries: DataFrame, photos: DataFrame
 ) -> float:
-    """The temperature at which the softmax gives the right people's photos the highest likelihood.
+    """The temperature at which the confidence of the first answers is nearest to whether they are right.
 
-    Found on a grid of 61 steps between 0.001 and 1, each 12 % above the last. Fit it on val, judge it on test.
+    The one of 49 between 0.002 and 0.5, each 12 % above the last, with the least mean square of confidence − right
+    (Brier's score). Fit it on val, judge it on test.
     """
-    grid = torch.logspace(-3, 0, 61, dtype=torch.float64)
-    logs = [(similarity.double() / t).log_softmax(1).masked_fill(~same, -torch.inf).logsumexp(1).mean() for t in grid]
-    return float(grid[torch.stack(logs).argmax()])
+    grid = np.geomspace(0.002, 0.5, 49).tolist()
+    tried = [answers(similarity, queries, photos, temperature) for temperature in grid]
+    return grid[int(np.argmin([((each["confidence"] - each["right"]) ** 2).mean() for each in tried]))]

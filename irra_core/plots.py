@@ -273,7 +273,7 @@ def gain_dots(
     for place, name in enumerate(names):
         if results.loc[results[by] == name, gain].isna().all():
             ax.annotate("not run", (0, place), xytext=(6, 0), textcoords="offset points", va="center", color=QUIET)
-    ax.axvline(0, color=QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+    ax.axvline(0, color=QUIET, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.set(xlabel=f"{_spoken(metric)} gained (percentage points)", ylabel="")

@@ -172,9 +172,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "study": {"epochs": 2},  # many runs are compared, so each is short
     "released": {
+        "select_on": "test",
         "mask_captions": True,
         "adam_eps": 1e-3,
-        "select_on": "test",
         "precision": "fp16",
         "padding_attention": True,
         "cmpm_target": "l2",

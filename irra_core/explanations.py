@@ -171,7 +171,7 @@ def attention_mass(model: IRRA, annotations: DataFrame) -> DataFrame:
         for place, caption in enumerate(chunk.itertuples()):
             with Image.open(caption.path) as photo:
                 size = photo.size
-            for thing, kind, word, positions in _named(tokens[place]):
+            for thing, kind, word, positions in named_words(tokens[place]):
                 if thing in boxes[caption.image_id]:
                     cover = box_cover(boxes[caption.image_id][thing], size, model.grid)
                     looks = {name: each[place, positions].mean(0) for name, each in maps.items()}
@@ -196,7 +196,7 @@ def _read(model: IRRA, annotations: DataFrame) -> Iterator[tuple[DataFrame, Tens
         yield chunk, normalise(shown.to(device)), tokens.to(device)
 
 
-def _named(tokens: Int[Tensor, " length"]) -> Iterator[tuple[str, str, str, list[int]]]:
+def named_words(tokens: Int[Tensor, " length"]) -> Iterator[tuple[str, str, str, list[int]]]:
     """The things named in a tokenised caption: thing, kind, word, and the positions of its tokens."""
     words = detokenize_words(tokens)
     for thing, kind, places in things_named([word for word, _ in words]):
@@ -223,7 +223,7 @@ def word_evidence(model: IRRA, annotations: DataFrame, others: int = 8, seed: in
         strangers = draw.choice(np.flatnonzero(photos["pid"] != caption.pid), others)
         images = normalise(torch.from_numpy(pixels[[*own, *strangers]]).to(device))
         (tokens,) = trim(tokenize([caption.caption]).to(device))
-        named = [item for item in _named(tokens[0]) if len(item[3]) == 1]
+        named = [item for item in named_words(tokens[0]) if len(item[3]) == 1]
         chances = _chances(model, images, tokens[0], [positions[0] for *_, positions in named])
         for (thing, kind, word, (position,)), chance in zip(named, chances, strict=True):
             told, guessed = chance[0], chance[1:].mean(0)

@@ -107,7 +107,8 @@ def attention(
     light = Image.fromarray(np.asarray(weights / max(weights.max(), 1e-12), dtype=np.float32))
     light = np.asarray(light.resize(grey.shape[::-1], Image.Resampling.BICUBIC)).clip(0, 1)
     glow = plt.get_cmap("inferno")(light)[..., :3]
-    ax.imshow(0.7 * grey[..., None] * (1 - light[..., None]) + glow * (0.35 + 0.65 * grey[..., None]))
+    lit = 0.7 * grey[..., None] * (1 - light[..., None]) + glow * (0.35 + 0.65 * grey[..., None])
+    ax.imshow(lit.clip(0, 1))
     ax.set_title(word, fontsize=10, color=INK, parse_math=False)
     ax.set_axis_off()
     return ax

@@ -23,6 +23,8 @@ from irra_core.recipes import RECIPES, Recipe, smoke
 
 HEADINGS = {"R1": "R@1 (%)", "R5": "R@5 (%)", "R10": "R@10 (%)", "mAP": "mAP (%)", "mINP": "mINP (%)"}
 LARGEST_FIGURE = 2**20  # bytes; a larger one is linked and not embedded, so that the page stays light
+LONGEST_TABLE = 12  # rows; a longer one waits until somebody unfolds it
+MOST_ROWS = 40  # of a study's other tables; a longer one is linked
 EXECUTED = (".html", ".ipynb")
 
 
@@ -53,12 +55,13 @@ def page(base: Path) -> str:
     """The whole page as text."""
     shown = entries(base)
     names = list(dict.fromkeys(entry.dataset for entry in shown))
-    names += sorted(set(runs.published().query("table == 'results'").dataset) - set(names))
+    only = sorted(set(runs.published().query("table == 'results'").dataset) - set(names))
     folders = _studies(base)
+    notebooks = _other_notebooks(base, [folder for entry in shown for folder in entry.folders] + folders)
     sections = [(f"data-{name}", name, _dataset(name, [e for e in shown if e.dataset == name], base)) for name in names]
     sections += [("studies", "Studies", "".join(_study(folder, base) for folder in folders))] if folders else []
-    notebooks = _other_notebooks(base, [folder for entry in shown for folder in entry.folders] + folders)
     sections += [("notebooks", "Executed notebooks", notebooks)] if notebooks else []
+    sections += [(f"data-{name}", name, _dataset(name, [], base)) for name in only]
     count = sum(len(entry.folders) for entry in shown)
     style = importlib.resources.files("irra_core").joinpath("report.css").read_text(encoding="utf-8")
     links = "".join(f'<a href="#{_text(anchor)}">{_text(title)}</a>' for anchor, title, _ in sections)
@@ -261,30 +264,39 @@ def _study(folder: Path, base: Path) -> str:
     marks = ' <span class="badge">example</span>' if place[0] == "example" else ""
     files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
     parts = [f"<h3>{_text(folder.name)} <span class='quiet'>on {_text(dataset)}</span>{marks}</h3>"]
-    main = next((file for file in files if file.name == "table.csv"), None)
-    if main is not None:
-        parts.append(study_table(pd.read_csv(main)))
     for file in files:
         if file.suffix == ".svg" and file.stat().st_size <= LARGEST_FIGURE:
             parts.append(_picture(file.read_bytes(), f"{folder.name}: {file.stem}"))
+    for file in sorted((file for file in files if file.suffix == ".csv"), key=lambda file: file.name != "table.csv"):
+        table = pd.read_csv(file)
+        if file.name == "table.csv":
+            parts.append(study_table(table))
+        elif 0 < len(table) <= MOST_ROWS:
+            parts.append(f"<details><summary>{_text(file.stem)}</summary>{study_table(table)}</details>")
     links = " · ".join(_link(file, base, file.name) for file in files)
     return f'<div class="card">{"".join(parts)}<p class="quiet">{links}</p></div>'
 
 
 def study_table(table: DataFrame) -> str:
-    """The table of a study for the eye, as HTML, with the verdicts that it has above it."""
+    """The table of a study for the eye, as HTML, after the verdicts that it has; a long one is folded."""
     verdicts: Iterable[str] = ()
     if {"variant", "reference", "R1_gain", "status"} <= set(table):
         verdicts = [studies.verdict(row) for row in table.fillna({"status": ""}).to_dict("records")]
-        table = studies.readable(table)
+        table = studies.readable(table).reset_index()
     elif {"train", "test", "leaks", "R1_low"} <= set(table):
         table = transfer.readable(table)
     else:
         table = table.round(2).astype(object).where(table.notna(), "")
-    escaped = table.map(lambda cell: _text(cell)).rename(columns=_text, index=_text)
+    shown = _html(table.map(_cell).rename(columns=_text))
+    if len(table) > LONGEST_TABLE:
+        shown = f"<details><summary>all {len(table)} rows</summary>{shown}</details>"
     listed = "".join(f"<li>{_text(line)}</li>" for line in verdicts)
-    named = escaped.index.name is not None or not isinstance(escaped.index, pd.RangeIndex)
-    return (f'<ul class="verdicts">{listed}</ul>' if listed else "") + _html(escaped, index=named)
+    return (f'<ul class="verdicts">{listed}</ul>' if listed else "") + shown
+
+
+def _cell(value: Any) -> str:
+    """A cell's words, with what a score's interval or deviation is below it."""
+    return re.sub(r"^(\S+) (\[\S+, \S+\]|± \S+)$", r"\1 <small>\2</small>", _text(value))
 
 
 def _other_notebooks(base: Path, known: Iterable[Path]) -> str:

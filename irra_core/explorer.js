@@ -358,7 +358,7 @@ function render({ model, el }) {
       const cell = narrowest(shown.neighbours);
       const grid = make("div", { className: "irra-grid" }, ...shown.neighbours.map((card) => drawCard(card, null, 0, cell)));
       grid.style.setProperty("--columns", "10");
-      text.append(make("p", { className: "irra-label" }, "The photos most like it"), grid);
+      text.append(make("p", { className: "irra-label" }, ["The photos most like it", shown.standing].filter(Boolean).join(" · ")), grid);
     }
     picture.append(make("img", { src: shown.src, alt: "" }), text);
   }

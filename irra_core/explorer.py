@@ -40,7 +40,9 @@ class QueryExplorer(anywidget.AnyWidget):
 
     galleries: a Gallery, or name → Gallery to compare checkpoints on the same sentence, one strip of photos each.
     annotations: the sentences that are known (columns pid, path, caption): they are offered as examples, and for them
-    right and wrong photos are framed. `query` and `k` set what is shown first, and can be read and set later.
+    right and wrong photos are framed. `query` and `k` set what is shown first, and can be read and set later; `held`
+    is a sentence whose ranking is compared with, `picture` the image_id of a photo to start from. `state` has the four:
+    `QueryExplorer(gallery, annotations, **state)` shows the same page again.
     """
 
     _esm = Path(__file__).with_name("explorer.js")
@@ -57,13 +59,21 @@ class QueryExplorer(anywidget.AnyWidget):
     note = traitlets.Unicode("").tag(sync=True)
 
     def __init__(
-        self, galleries, annotations: DataFrame | None = None, *, query: str = "", k: int = 10, examples: int = 24
+        self,
+        galleries,
+        annotations: DataFrame | None = None,
+        *,
+        query: str = "",
+        k: int = 10,
+        held: str = "",
+        picture: int | None = None,
+        examples: int = 24,
     ):
         self._galleries = dict(galleries) if isinstance(galleries, Mapping) else {"": galleries}
         self._annotations = _known(next(iter(self._galleries.values())), annotations)
         self._serial, self._results, self._held_ranks, self._truth, self._explained = 0, {}, {}, None, []
         self.failure: Exception | None = None  # what went wrong last, for whoever asks; the page has it in plain words
-        super().__init__(query=query, k=k)
+        super().__init__(query=query, k=k, held=held)
         models = [getattr(gallery, "model", None) for gallery in self._galleries.values()]
         self.setup = {
             "examples": _examples(self._annotations, examples),
@@ -74,6 +84,13 @@ class QueryExplorer(anywidget.AnyWidget):
         self.on_msg(self._receive)
         self.observe(self._search, ["query", "k", "held"])
         self._search()
+        if picture is not None:
+            self._show(picture)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What brings this page back: query, k, held and picture, plain values that a cell or a file can keep."""
+        return {"query": self.query, "k": self.k, "held": self.held, "picture": self.picture.get("image_id")}
 
     @property
     def results(self) -> DataFrame:
@@ -243,10 +260,12 @@ class QueryExplorer(anywidget.AnyWidget):
         pid = _pid(photo.get("pid"))
         shown = _thumbnail(str(photo["path"])) | {"image_id": int(image_id), "pid": pid, "captions": list(captions)}
         if hasattr(gallery, "neighbours"):
-            table = gallery.neighbours(int(image_id), self.k)
+            deep = self.k if pid is None else max(self.k, min(DEEP, len(gallery.images)))
+            table = gallery.neighbours(int(image_id), deep)
             if pid is not None:
                 table = table.assign(right=(table["pid"] == pid).fillna(False).astype(bool))
-            shown["neighbours"] = [_card(row) for row in table.itertuples()]
+            shown["standing"] = self._standing(table)
+            shown["neighbours"] = [_card(row) for row in table.head(self.k).itertuples()]
         self.picture = shown
 
     @contextlib.contextmanager

@@ -230,8 +230,23 @@ def test_a_picture_shows_its_sentences_and_its_neighbours_where_the_gallery_know
     explorer = QueryExplorer(gallery, annotations, k=4)
     ask(explorer, "picture", image_id=3)
     assert [card["right"] for card in explorer.picture["neighbours"]] == [True, True, False, False]
+    assert explorer.picture["standing"] == "first right photo at rank 1 · average precision 100 %"
     ask(explorer, "picture", image_id=None)
     assert explorer.picture == {}
+
+
+def test_the_state_of_a_page_makes_the_same_page_again(images, annotations):
+    gallery = FakeGallery(images)
+    gallery.neighbours = lambda image_id, k: gallery.search("green", k)
+    first = QueryExplorer(gallery, annotations, query="red", k=3)
+    ask(first, "picture", image_id=3)
+    first.held, first.query, first.k = "red", "blue", 4
+    state = json.loads(json.dumps(first.state))
+    assert state == {"query": "blue", "k": 4, "held": "red", "picture": 3}
+    again = QueryExplorer(gallery, annotations, **state)
+    assert again.view["strips"] == first.view["strips"]
+    assert [card["moved"] for card in cards(again)] == [4, 4, -2, -2]
+    assert again.picture["captions"] == first.picture["captions"]
 
 
 def test_saving_writes_the_ranking_and_its_words_inside_the_folder(explorer, annotations, tmp_path):

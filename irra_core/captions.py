@@ -359,7 +359,7 @@ def things_named(words: Sequence[str]) -> list[Named]:
 
 def _longest(words: Sequence[str], place: int) -> tuple[str, int]:
     """The longest name that begins at a place: its kind, or "" for none, and how many words it has."""
-    for size in range(4, 0, -1):  # knee - length skirt: a mark is a word of its own
+    for size in range(min(4, len(words) - place), 0, -1):  # knee - length skirt: a mark is a word of its own
         if kind := _names().get(tuple(words[place : place + size])):
             return kind, size
     return "", 1

@@ -156,9 +156,8 @@ def attention_mass(model: IRRA, annotations: DataFrame) -> DataFrame:
 
     A row a colour or noun of a caption of rendered people whose photo shows the thing: pid, image_id, thing, kind,
     word; attention (the share of the word's attention over the patches that lies in the box, mean over layers and
-    heads), rollout (the same of `rollout`; NaN for encoders without), class_token (the share of all attention that is
-    not on patches) and area (the box's share of the photo: what attention spread evenly would have). Raises
-    ValueError for images that were not rendered or a model without MLM.
+    heads), rollout (the same of `rollout`; NaN for encoders without) and area (the box's share of the photo: what
+    attention spread evenly would have). Raises ValueError for images that were not rendered or a model without MLM.
     """
     boxes = attributes(annotations).set_index("image_id")["boxes"]
     rows = []
@@ -176,10 +175,9 @@ def attention_mass(model: IRRA, annotations: DataFrame) -> DataFrame:
                     cover = box_cover(boxes[caption.image_id][thing], size, model.grid)
                     looks = {name: each[place, positions].mean(0) for name, each in maps.items()}
                     mass = {name: float((look * cover).sum() / look.sum()) for name, look in looks.items()}
-                    elsewhere = 1 - float(looks["attention"].sum())
                     rows.append((caption.pid, caption.image_id, thing, kind, word, mass["attention"],
-                                 mass.get("rollout", np.nan), elsewhere, float(cover.mean())))  # fmt: skip
-    columns = ["pid", "image_id", "thing", "kind", "word", "attention", "rollout", "class_token", "area"]
+                                 mass.get("rollout", np.nan), float(cover.mean())))  # fmt: skip
+    columns = ["pid", "image_id", "thing", "kind", "word", "attention", "rollout", "area"]
     return DataFrame(rows, columns=columns)
 
 

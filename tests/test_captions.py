@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from irra_core.captions import STYLES, WORDS, caption_of, hidden_in, weighted
+from irra_core.captions import STYLES, WORDS, caption_of, hidden_in, things_named, weighted
 from irra_core.recipes import DOMAINS
 
 MAN = {"gender": "man", "hair": "bald", "upper": "t-shirt", "upper_colour": "orange", "pattern": "logo"}
@@ -78,3 +78,31 @@ def test_weighted_draws_by_weight_and_leaves_out():
     drawn = [weighted({"a": 3, "b": 1, "c": 9}, rng, without=("c",)) for _ in range(4000)]
     assert set(drawn) == {"a", "b"}
     assert drawn.count("a") / 4000 == pytest.approx(0.75, abs=0.03)
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+@pytest.mark.parametrize("who", ["man", "woman"])
+def test_things_named_are_those_that_the_caption_states_each_with_its_colour(who, domain):
+    keys = {"shoe_colour": "shoes"}
+    for caption, stated in told(who, "front", domain):
+        words = re.findall(r"[a-z]+|[^\sa-z]+", caption.lower())
+        found = things_named(words)
+        colours = [key for key in stated if key.endswith("_colour")]
+        assert {item.thing for item in found if item.kind == "colour"} == {
+            keys.get(key, key.removesuffix("_colour")) for key in colours
+        }, caption
+        for item in found:
+            said = " ".join(words[place] for place in item.places)
+            if item.kind == "colour":
+                name = "shoe_colour" if item.thing == "shoes" else f"{item.thing}_colour"
+                assert said in WORDS["colour"][stated[name]], caption
+        nouns = {"upper", "lower", "shoes", "bag", "hat", "carried", "glasses"} & set(stated)
+        assert nouns <= {item.thing for item in found if item.kind == "noun"}, caption
+
+
+def test_a_longer_name_is_not_taken_for_the_shorter_one_inside_it():
+    words = re.findall(r"\w+", "a woman in dress shoes with a red shopping bag over a white top")
+    found = [(item.thing, " ".join(words[place] for place in item.places)) for item in things_named(words)]
+    assert found == [
+        ("shoes", "dress shoes"), ("carried", "red"), ("carried", "shopping bag"), ("inner", "white"), ("inner", "top"),
+    ]  # fmt: skip

@@ -218,3 +218,39 @@ def test_gain_dots_keep_the_tables_order_and_say_what_was_not_run():
     ends = [segment[:, 0].tolist() for segment in ax.containers[0].lines[2][0].get_segments()]
     assert ends == [[-1.0, 2.0], [-3.1, pytest.approx(-0.1)]]
     assert [(text.get_text(), text.xy[1]) for text in ax.texts] == [("not run", 2)]
+
+
+def test_interval_dots_with_hue_puts_rows_of_one_name_on_one_line():
+    table = DataFrame({"by": ["a", "b", "a", "b"], "who": ["x", "x", "y", "y"], "R1": [10.0, 30.0, 12.0, 5.0]})
+    table = table.assign(R1_low=table.R1 - 1, R1_high=table.R1 + 1)
+    ax = plots.interval_dots(table, by="by", hue="who", ax=Figure().subplots())
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]  # by the first hue's values
+    for bars, rows in zip(ax.containers, (table[:2], table[2:]), strict=True):
+        drawn = dict(zip(bars.lines[0].get_xdata(), np.round(bars.lines[0].get_ydata().astype(float)), strict=True))
+        assert drawn == {value: {"a": 0, "b": 1}[name] for name, value in zip(rows.by, rows.R1, strict=True)}
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["x", "y"]
+
+
+def test_similarities_draws_each_kind_with_the_same_area():
+    draw = np.random.default_rng(0)
+    pairs = DataFrame({"similarity": draw.normal(size=600), "kind": ["right"] * 100 + ["wrong"] * 500})
+    ax = plots.similarities(pairs, ax=Figure().subplots())
+    areas = []
+    for outline in ax.collections:
+        (path,) = outline.get_paths()
+        x, y = path.vertices.T
+        areas.append(abs(np.sum(x[:-1] * y[1:] - x[1:] * y[:-1])) / 2)  # the shoelace
+    assert len(areas) == 2
+    assert np.allclose(areas, 1, atol=0.05)
+
+
+def test_distribution_writes_per_cents_and_leaves_zeros_blank():
+    ax = plots.distribution(np.array([[0.5, 0.5, 0.0], [0.004, 0.9, 0.096]]), ax=Figure().subplots())
+    assert sorted(texts(ax)) == ["10", "50", "50", "90"]
+    assert ax.images[0].get_clim() == (0, 0.9)
+    assert not texts(plots.distribution(np.eye(20), ax=Figure().subplots()))
+
+
+def test_attention_on_a_white_photo_stays_within_white():
+    ax = plots.attention(Image.new("RGB", (16, 48), "white"), np.ones((6, 2)), ax=Figure().subplots())
+    assert np.asarray(ax.images[0].get_array()).max() <= 1

@@ -219,3 +219,15 @@ def test_a_caption_that_says_nothing_leaves_chance(folder):
         assert synthetic_ceiling(table(folder)) == pytest.approx(100 / identities)
     finally:
         file.write_text(before)
+
+
+def test_stated_attributes_are_those_recorded_beside_each_caption(folder):
+    rows = table(folder).sample(frac=1, random_state=0)
+    recorded = {
+        (r["img_path"], caption): stated
+        for r in read(folder)
+        for caption, stated in zip(r["captions"], r["caption_attributes"], strict=True)
+    }
+    expected = [recorded[Path(path).name, caption] for path, caption in zip(rows.path, rows.caption, strict=True)]
+    assert synthetic.stated_attributes(rows) == expected
+    assert any(expected)

@@ -200,7 +200,9 @@ def estimate(planned: DataFrame, data_root: str | Path | None = None, workers: i
     jobs = _jobs(planned.recipe, data_root, progress)
     left = [job for job in jobs.values() if job.status == "not run" and not job.error]
     known = sum(job.status == "finished" for job in jobs.values())
-    said = f"{len(jobs)} different runs, {known} of them finished"
+    said = (
+        f"{len(jobs)} different runs, {known} of them finished" if len(jobs) > 1 else f"1 run, {known} of them finished"
+    )
     if refused := [job for job in jobs.values() if job.error]:
         said += f"; {len(refused)} cannot be run here ({'; '.join(dict.fromkeys(job.error for job in refused))})"
     if not left:
@@ -291,13 +293,9 @@ def run_all(
         _stop([job for job in slots if job is not None])
         bar.close()
     made = [jobs[each] for each in planned.recipe]
-    columns = {
-        "path": [None if job.folder is None else str(job.folder) for job in made],
-        "status": [job.status for job in made],
-        "seconds": [job.seconds for job in made],
-        "error": [job.error for job in made],
-    }
-    return planned.assign(**columns)
+    paths = [None if job.folder is None else str(job.folder) for job in made]
+    ended = {name: [getattr(job, name) for job in made] for name in ("status", "seconds", "error")}
+    return planned.assign(path=paths, **ended)
 
 
 def _make_weights(waiting: list[_Job], progress) -> None:

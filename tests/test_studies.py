@@ -78,14 +78,17 @@ def test_smoke_leaves_the_reference_one_variant_and_one_seed(monkeypatch):
 
 # running it
 
+MADE = """import irra_core as irra
+given = dict(preset=preset, pretrained=pretrained, losses=losses, batch_size=batch_size, seed=seed)
+recipe = irra.recipe(dataset, **given)
+"""
+TRAIN = "irra.training.trained_run(recipe, irra.open_annotations(recipe))"
 ECHO = """import json, os
 from pathlib import Path
-import irra_core.recipes
-made = irra_core.recipes.recipe(**{n: v for n, v in dict(dataset=dataset, preset=preset, pretrained=pretrained,
-    losses=losses, batch_size=batch_size, seed=seed).items()})
 folder = Path(os.environ["ECHO"]) / str(seed)
 folder.mkdir(parents=True)
-(folder / "told.json").write_text(json.dumps([made.losses, os.environ["OMP_NUM_THREADS"], os.getpid()]))"""
+told = [recipe.losses, os.environ["OMP_NUM_THREADS"], os.environ.get("CUDA_VISIBLE_DEVICES"), os.getpid()]
+(folder / "told.json").write_text(json.dumps(told))"""
 DECLARED = """dataset: str = "synthetic"
 preset: str = None
 pretrained: str = None
@@ -98,7 +101,7 @@ def notebook(path: Path, *cells: str) -> Path:
     """A notebook that takes a few parameters and runs the cells."""
     first = new_code_cell(DECLARED, metadata={"tags": ["parameters"]})
     kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
-    nbformat.write(new_notebook(cells=[first, *map(new_code_cell, cells)], metadata=kernel), path)
+    nbformat.write(new_notebook(cells=[first, *map(new_code_cell, (MADE, *cells))], metadata=kernel), path)
     return path
 
 
@@ -136,10 +139,10 @@ class Bar:
     def close(self): ...
 
 
-def test_a_grid_runs_once_each_survives_a_failure_and_is_not_repeated(grid, monkeypatch):
+def test_a_grid_runs_once_each_survives_a_failure_and_is_not_repeated(grid, tmp_path, monkeypatch):
     assert estimate(grid).startswith("2 different runs, 0 of them finished; the other 2 take about ")
     Bar.made.clear()
-    found = run_all(grid, progress=Bar)
+    found = run_all(grid, progress=Bar, notebook=notebook(tmp_path / "train.ipynb", TRAIN))
     assert list(found.columns) == ["variant", "seed", "recipe", "path", "status", "seconds", "error"]
     assert list(found.status) == ["finished", "finished", "failed"]
     assert found.path[0] == found.path[1] == str(runs.run_folder(grid.recipe[0], load_digest(found.path[0])).path)
@@ -156,7 +159,7 @@ def test_a_grid_runs_once_each_survives_a_failure_and_is_not_repeated(grid, monk
     assert list(again.status) == ["finished", "finished"]
     assert time.perf_counter() - began < 3
     assert again.seconds[0] == pytest.approx(found.seconds[0], rel=0.5)
-    assert estimate(grid[:2]) == "1 different runs, 1 of them finished; nothing is left to run."
+    assert estimate(grid[:2]) == "1 run, 1 of them finished; nothing is left to run."
     table = compare(again, "itc")
     model, _ = irra.load_checkpoint(Path(found.path[0]) / runs.WEIGHTS)
     trained = sum(p.numel() for name, p in model.named_parameters() if not name.endswith("logit_scale"))
@@ -168,13 +171,15 @@ def load_digest(path: str) -> str:
     return json.loads((Path(path) / "recipe.json").read_text())["data"]
 
 
-def test_runs_at_the_same_time_share_the_threads_and_get_their_own_recipe(grid, tmp_path, monkeypatch):
+def test_runs_at_the_same_time_share_threads_and_gpus_and_get_their_own_recipe(grid, tmp_path, monkeypatch):
     monkeypatch.setenv("ECHO", str(tmp_path / "told"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,6")
+    monkeypatch.setattr(studies, "_gpus", lambda: 2)
     made = [grid.recipe[0].replace(seed=seed, losses=losses) for seed, losses in ((5, "sdm"), (6, "itc+id"))]
     table = DataFrame({"variant": ["a", "b"], "seed": [5, 6], "recipe": made})
     found = run_all(table, workers=2, notebook=notebook(tmp_path / "echo.ipynb", ECHO))
     told = [json.loads((tmp_path / "told" / str(seed) / "told.json").read_text()) for seed in (5, 6)]
-    assert [row[:2] for row in told] == [["sdm", "1"], ["itc+id", "1"]]
+    assert [row[:3] for row in told] == [["sdm", "1", "3"], ["itc+id", "1", "6"]]
     assert list(found.status) == ["failed", "failed"]  # they ended well, but left no run
     assert "left no finished run" in found.error[0]
 
@@ -193,7 +198,7 @@ def test_an_interrupt_ends_the_running_notebooks_with_their_kernels(grid, tmp_pa
     endless = notebook(tmp_path / "endless.ipynb", ECHO, "import time; time.sleep(600)")
     with pytest.raises(KeyboardInterrupt):
         run_all(grid[:1].assign(recipe=[grid.recipe[0].replace(seed=8)]), notebook=endless)
-    kernel = json.loads(told.read_text())[2]
+    kernel = json.loads(told.read_text())[-1]
     for _ in range(100):
         if not alive(kernel):
             break
@@ -364,7 +369,7 @@ def test_the_inflation_is_what_the_test_scores_of_both_picks_differ_by(finished)
 
 def test_hard_queries_are_those_of_twins_or_those_that_read_most_like_another_persons(tmp_path):
     made = irra.recipe()
-    irra.make_synthetic(tmp_path, people=24)
+    irra.make_synthetic(tmp_path, people=16)
     table = irra.load_annotations("synthetic", tmp_path)
     twins = irra.synthetic.near_twins(table)
     assert studies.hard_queries(table, made).tolist() == [bool(twins[pid]) for pid in table[table.split == "test"].pid]

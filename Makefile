@@ -4,7 +4,7 @@ BIN := .venv/bin
 REPORTS := $(or $(IRRA_REPORTS),reports)
 ARGS ?=
 
-.PHONY: train test lab lock lint notebooks report
+.PHONY: train test lab lock lint notebooks report explorer browser
 
 train: .venv/ready  ## trains on the default data set; ARGS="-p dataset rstp -p epochs 1" goes to papermill
 	@mkdir -p "$(REPORTS)"
@@ -16,6 +16,7 @@ train: .venv/ready  ## trains on the default data set; ARGS="-p dataset rstp -p 
 	@echo "          html: $$(realpath "$(REPORTS)/latest")/train.html"
 
 test: .venv/ready lint  ## everything that continuous integration checks
+	@if [ "$$CI" = true ]; then $(MAKE) browser; fi
 	$(BIN)/python -m pytest
 	$(MAKE) notebooks
 
@@ -34,6 +35,14 @@ report: .venv/ready  ## every finished run and study on one page, index.html in 
 
 lab: .venv/ready  ## JupyterLab in the notebooks folder
 	$(BIN)/jupyter lab --notebook-dir=.
+
+explorer: .venv/ready  ## serves notebooks/explorer.ipynb without its code, on this machine only, to who has the token
+	$(BIN)/voila notebooks/explorer.ipynb --Voila.ip=127.0.0.1 --token
+
+browser: .venv/ready  ## Chromium, in which make test uses the explorer; without it that test is skipped
+	@if command -v chromium || command -v chromium-browser || command -v google-chrome; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -q && apt-get install -q -y chromium; \
+	else echo "install Chromium: sudo apt-get install -y chromium (or your system's way)"; fi
 
 lock: .venv/ready  ## refreshes requirements.lock from pyproject.toml
 	$(BIN)/python -m pip install --quiet uv

@@ -1,0 +1,271 @@
+"""The explorer as people meet it: JupyterLab and Voilà on loopback, and a real Chromium that types and points."""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import nbformat
+import pandas as pd
+import pytest
+
+import irra_core as irra
+
+ROOT = Path(__file__).parents[1]
+WAIT = 60_000  # ms, for what needs a kernel
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+HOSTILE = '<script>window.hacked = 1</script> <img src=x onerror="window.hacked = 1"> a man'
+
+
+@pytest.fixture(scope="module")
+def browser():
+    missing = "Chromium is not installed" if CHROMIUM is None else ""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        missing = "Playwright is not installed"
+    if missing:
+        message = f"{missing}: run `make browser`"
+        pytest.fail(message) if os.environ.get("CI") == "true" else pytest.skip(message)
+    with sync_playwright() as playwright:
+        arguments = ["--no-sandbox", "--disable-gpu"]
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield running
+        running.close()
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory):
+    """Six rendered people, a model that knows them by heart, and the same model before it learnt anything."""
+    base = tmp_path_factory.mktemp("by-heart")
+    irra.make_synthetic(base / "data", people=24)
+    table = irra.load_annotations("synthetic", base / "data")
+    people = table[table.split == "test"].reset_index(drop=True)
+    seen = people.assign(image_id=people.image_id.factorize()[0])
+    table = pd.concat([seen.assign(split=split) for split in ("train", "val", "test")], ignore_index=True)
+    recipe = irra.recipe("synthetic", pretrained="none", losses="itc+mlm", lr=1e-3, batch_size=24, epochs=60,
+                         evaluate_every=1000, erase_probability=0.0, adam_beta2=0.98)  # fmt: skip
+    *_, last = irra.train(recipe, table, base / "learnt")
+    assert last["val_R1"] > 90  # of the sentences it was trained with: nothing is claimed but that it knows them
+    (base / "before").mkdir()
+    before = base / "before" / "weights.safetensors"
+    irra.save_checkpoint(irra.build_model(recipe.replace(losses="itc"), 6), recipe.replace(losses="itc"), before)
+    return {"base": base, "people": people, "learnt": base / "learnt" / "weights.safetensors", "before": before}
+
+
+@pytest.fixture(scope="module")
+def folder(known):
+    """A folder with the notebook, its parameters set as a user would set them."""
+    folder = known["base"] / "served"
+    folder.mkdir()
+    notebook = nbformat.read(ROOT / "notebooks" / "explorer.ipynb", 4)
+    values = {"data_root": known["base"] / "data", "checkpoint": known["learnt"], "compare": known["before"]}
+    cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    for name, value in values.items():
+        cell.source, changed = re.subn(rf"(?m)^({name}: str = )None", rf'\1"{value}"', cell.source)
+        assert changed == 1, name
+    nbformat.write(notebook, folder / "explorer.ipynb")
+    return folder
+
+
+def answer(url: str):
+    """The JSON that a server gives, None while it does not answer."""
+    with contextlib.suppress(urllib.error.URLError, ConnectionError), urllib.request.urlopen(url, timeout=10) as reply:
+        return json.load(reply)
+    return None
+
+
+def until(condition, what: str, seconds: float = 90):
+    """Wait for something to become true."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, f"not within {seconds} s: {what}"
+        time.sleep(0.3)
+    return found
+
+
+@contextlib.contextmanager
+def served(command: list[str], base: Path, port: int):
+    """A server of its own settings, reports and cache, stopped at the end; IRRA_SMOKE asks for 24 rendered people."""
+    own = {name: str(base / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTERLAB_SETTINGS_DIR",
+           "JUPYTERLAB_WORKSPACES_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "IRRA_REPORTS", "IRRA_CACHE")}  # fmt: skip
+    environment = {**os.environ, **own, "IRRA_SMOKE": "1", "OMP_NUM_THREADS": "1"}
+    with open(base / f"server-{port}.log", "w+", encoding="utf-8") as log:
+        server = subprocess.Popen([sys.executable, "-m", *command], env=environment, stdout=log, stderr=log)
+        try:
+            until(lambda: server.poll() is None and reachable(port), f"{command[0]} on port {port}, see {log.name}")
+            yield
+        finally:
+            server.terminate()
+            try:
+                server.wait(20)
+            except subprocess.TimeoutExpired:
+                server.kill()
+
+
+def reachable(port: int) -> bool:
+    with socket.socket() as trial:
+        return trial.connect_ex(("127.0.0.1", port)) == 0
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextlib.contextmanager
+def watched(browser, folder: Path):
+    """A page whose requests stay on this machine, which opens no dialog and shows no traceback."""
+    page = browser.new_page(viewport={"width": 1360, "height": 1300})
+    left, dialogs = [], []
+    page.on("request", lambda request: left.append(request.url) if leaves(request.url) else None)
+    page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+    page.set_default_timeout(WAIT)
+    try:
+        yield page
+    except BaseException:
+        page.screenshot(path=folder / "failed.png")
+        raise
+    assert left == []
+    assert dialogs == []
+    assert page.evaluate("window.hacked") is None
+    assert "Traceback" not in page.inner_text("body")
+    assert page.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0
+    page.close()
+
+
+def leaves(url: str) -> bool:
+    return urlsplit(url).scheme in ("http", "https", "ws", "wss") and urlsplit(url).hostname != "127.0.0.1"
+
+
+def finds_the_right_person_first(page, explorer, people) -> None:
+    """The sentence of a known person: what the model learnt stands first and right, and above what it was before."""
+    sentence = people.caption[0]
+    explorer.locator("textarea").fill(sentence)
+    explorer.locator(".irra-truth").wait_for()
+    assert explorer.locator(".irra-truth .irra-pid").inner_text() == f"id {people.pid[0]}"
+    strips = explorer.locator(".irra-strip")
+    assert strips.count() == 2
+    best = strips.first.locator(".irra-card").first
+    assert best.get_attribute("aria-label") == "rank 1, right"
+    assert best.locator(".irra-pid").inner_text() == f"id {people.pid[0]}"
+    assert "first right photo at rank 1" in strips.first.locator("h4").inner_text()
+    precision = [int(re.search(r"(\d+) %", strips.nth(i).locator("h4").inner_text())[1]) for i in (0, 1)]
+    assert precision[0] > precision[1]
+
+
+def test_in_jupyterlab_a_sentence_finds_its_person_and_the_page_says_why(browser, known, folder):
+    port, token = free_port(), secrets.token_hex(16)
+    address = f"http://127.0.0.1:{port}"
+    command = ["jupyter", "lab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--port={port}",
+               "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}",
+               "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]  # fmt: skip
+    settings = known["base"] / "jupyterlab_settings_dir" / "@jupyterlab" / "notebook-extension"
+    settings.mkdir(parents=True)  # every cell is in the page, also where nobody has scrolled yet
+    (settings / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')
+    with served(command, known["base"], port), watched(browser, known["base"]) as page:
+        page.goto(f"{address}/lab/tree/explorer.ipynb?token={token}&reset")
+        page.locator(".jp-Notebook").wait_for()
+        until(lambda: idle(answer(f"{address}/api/kernels?token={token}")), "an idle kernel with a connection")
+        page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
+        page.locator('.lm-Menu-item[data-command="runmenu:run-all"]').click()
+        explorer = page.locator(".irra").first
+        explorer.wait_for(state="attached")
+        explorer.scroll_into_view_if_needed()
+        finds_the_right_person_first(page, explorer, known["people"])
+        explains_itself(page, explorer)
+        fills_in_a_mask(explorer)
+        starts_from_a_picture(explorer, known["people"])
+        bears_any_text(explorer)
+
+
+def idle(kernels) -> bool:
+    return bool(kernels) and all(kernel["execution_state"] == "idle" and kernel["connections"] for kernel in kernels)
+
+
+def explains_itself(page, explorer) -> None:
+    """Pointing at a word lights up every photo of the model with attention; pointing at a photo weighs every word."""
+    strip = explorer.locator(".irra-strip").first
+    explorer.locator(".irra-word").nth(1).hover()
+    strip.locator("canvas").first.wait_for()
+    assert strip.locator("canvas").count() == strip.locator(".irra-card").count() == 10
+    strip.locator(".irra-card").first.hover()
+    explorer.locator(".irra-word small:not(:empty)").first.wait_for()
+    weights = explorer.locator(".irra-word small").all_inner_texts()
+    assert all(re.fullmatch(r"[+−]\d+", weight) for weight in weights)
+    assert len(set(weights)) > 1
+    page.mouse.move(0, 0)
+
+
+def fills_in_a_mask(explorer) -> None:
+    explorer.locator("textarea").fill("a [MASK] wearing a [MASK] coat")
+    first = explorer.locator(".irra-strip").first.locator(".irra-card").first
+    first.locator(".irra-guesses").nth(1).wait_for()
+    assert first.locator(".irra-guesses").count() == 2
+    assert first.locator(".irra-guesses").first.locator("small").count() == 5
+    shares = [
+        int(text.rstrip(" %")) for text in first.locator(".irra-guesses").first.locator("small").all_inner_texts()
+    ]
+    assert shares == sorted(shares, reverse=True)
+    assert "without MLM" in explorer.locator(".irra-strip").nth(1).inner_text()
+
+
+def starts_from_a_picture(explorer, people) -> None:
+    """A click on a photo shows what was written of it; a click on that sentence searches with it."""
+    card = explorer.locator(".irra-strip").first.locator(".irra-card").first
+    image_id = int(card.get_attribute("data-image-id"))
+    card.click()
+    explorer.locator(".irra-caption").first.wait_for()
+    written = list(people.caption[people.image_id == image_id])
+    assert explorer.locator(".irra-caption").all_inner_texts() == written
+    assert explorer.locator(".irra-picture .irra-card").count() == 10
+    explorer.locator(".irra-caption").first.click()
+    explorer.locator(".irra-truth").wait_for()
+    assert explorer.locator("textarea").input_value() == written[0]
+    explorer.locator(".irra-picture .irra-button").click()
+    explorer.locator(".irra-picture").wait_for(state="hidden")
+
+
+def bears_any_text(explorer) -> None:
+    explorer.locator("textarea").fill(HOSTILE)
+    explorer.locator(".irra-word", has_text="script").first.wait_for()
+    assert explorer.locator("script, img[src='x']").count() == 0
+    explorer.locator("textarea").fill("امرأة ترتدي معطفا أحمر")
+    explorer.locator(".irra-word", has_text="script").first.wait_for(state="detached")
+    assert explorer.locator(".irra-strip").first.locator(".irra-card").count() == 10
+    assert explorer.locator("textarea").evaluate("box => getComputedStyle(box).direction") == "rtl"
+    explorer.locator("textarea").fill("coat " * 500)
+    explorer.locator(".irra-note", has_text="longer than the model can read").wait_for()
+    explorer.locator("textarea").fill("")
+    explorer.locator(".irra-note", has_text="Describe a person").wait_for()
+    assert explorer.locator(".irra-card").count() == 0
+
+
+def test_in_voila_the_same_page_is_served_without_code_to_who_has_the_token(browser, known, folder):
+    port, token = free_port(), secrets.token_hex(16)
+    address = f"http://127.0.0.1:{port}"
+    command = ["voila", "explorer.ipynb", "--no-browser", "--Voila.ip=127.0.0.1", f"--port={port}",
+               f"--Voila.token={token}"]  # fmt: skip
+    command[1] = str(folder / command[1])
+    with served(command, known["base"], port), watched(browser, known["base"]) as page:
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(f"{address}/voila/static/no-such-file")
+        page.goto(f"{address}/?token={token}")
+        explorer = page.locator(".irra").first
+        explorer.wait_for()
+        finds_the_right_person_first(page, explorer, known["people"])
+        explains_itself(page, explorer)
+        bears_any_text(explorer)
+        assert "Gallery.build" not in re.sub(r"(?s)irra\.load_checkpoint.*", "", page.inner_text("body"))
+        assert page.locator(".jp-CodeMirrorEditor, .jp-InputArea-editor:visible").count() == 0

@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 REPORTS := $(or $(IRRA_REPORTS),reports)
 ARGS ?=
+DATASET ?= synthetic
 
-.PHONY: train test lab lock lint notebooks report explorer browser
+.PHONY: train test lab lock lint notebooks report studies explorer browser
 
 train: .venv/ready  ## trains on the default data set; ARGS="-p dataset rstp -p epochs 1" goes to papermill
 	@mkdir -p "$(REPORTS)"
@@ -30,14 +31,28 @@ notebooks: .venv/ready  ## every notebook, shrunken, cell by cell; then one as a
 	IRRA_SMOKE=1 $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 notebooks
 	cd notebooks && IRRA_SMOKE=1 ../$(BIN)/papermill --no-progress-bar train.ipynb ../reports/smoke/out.ipynb -p seed 1
 
+studies: .venv/ready  ## the paper's five questions on DATASET, then the page of results; ARGS="-p workers 2" goes to papermill
+	@for study in rq1 rq2 rq3 rq4 released; do \
+		notebook=ablation; if [ $$study = released ]; then notebook=released_vs_paper; fi; \
+		folder="$(REPORTS)/$(DATASET)/studies/$$study"; mkdir -p "$$folder"; \
+		chosen="-p study $$study"; if [ $$study = released ]; then chosen=; fi; \
+		$(BIN)/papermill notebooks/$$notebook.ipynb "$$folder/$$notebook.ipynb" $$chosen -p dataset $(DATASET) $(ARGS) || exit 1; \
+	done
+	$(BIN)/papermill notebooks/transfer.ipynb "$(REPORTS)/transfer.ipynb" $(ARGS)
+	for notebook in attention similarity; do \
+		$(BIN)/papermill notebooks/$$notebook.ipynb "$(REPORTS)/$$notebook.ipynb" -p dataset $(DATASET) || exit 1; \
+	done
+	@$(MAKE) report
+
 report: .venv/ready  ## every finished run and study on one page, index.html in the reports folder
 	@$(BIN)/python -c "import irra_core as irra; print(irra.report.write_report())"
 
 lab: .venv/ready  ## JupyterLab in the notebooks folder
 	$(BIN)/jupyter lab --notebook-dir=.
 
-explorer: .venv/ready  ## serves notebooks/explorer.ipynb without its code, on this machine only, to who has the token
-	$(BIN)/voila notebooks/explorer.ipynb --Voila.ip=127.0.0.1 --token
+explorer: .venv/ready  ## serves the explorer without its code, on this machine only, to who has the token; it loads nothing from elsewhere
+	$(BIN)/voila notebooks/explorer.ipynb --Voila.ip=127.0.0.1 --token \
+		--Voila.tornado_settings='{"headers": {"Content-Security-Policy": "default-src '\''self'\'' '\''unsafe-inline'\'' '\''unsafe-eval'\'' data: blob:"}}'
 
 browser: .venv/ready  ## Chromium, in which make test uses the explorer; without it that test is skipped
 	@if command -v chromium || command -v chromium-browser || command -v google-chrome; then :; \

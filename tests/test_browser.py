@@ -131,7 +131,7 @@ def watched(browser, folder: Path):
     """A page whose requests stay on this machine, which opens no dialog and shows no traceback."""
     page = browser.new_page(viewport={"width": 1360, "height": 1300})
     requests, dialogs = [], []
-    page.on("request", requests.append)
+    page.on("request", lambda request: requests.append(request))
     page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
     page.set_default_timeout(WAIT)
     try:

@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 REPORTS := $(or $(IRRA_REPORTS),reports)
+LATEST := $(REPORTS)$(if $(filter-out 0,$(IRRA_SMOKE)),/smoke)/latest
 ARGS ?=
 DATASET ?= synthetic
 
@@ -10,11 +11,11 @@ DATASET ?= synthetic
 train: .venv/ready  ## trains on the default data set; ARGS="-p dataset rstp -p epochs 1" goes to papermill
 	@mkdir -p "$(REPORTS)"
 	$(BIN)/papermill notebooks/train.ipynb "$(REPORTS)/.train.ipynb" $(ARGS)
-	@mv "$(REPORTS)/.train.ipynb" "$(REPORTS)/latest/train.ipynb"
-	@$(BIN)/jupyter nbconvert --log-level WARN --to html "$(REPORTS)/latest/train.ipynb"
-	@$(BIN)/python -c "import sys, irra_core as irra; print(irra.runs.summary(sys.argv[1]))" "$(REPORTS)/latest"
-	@echo "      notebook: $$(realpath "$(REPORTS)/latest")/train.ipynb"
-	@echo "          html: $$(realpath "$(REPORTS)/latest")/train.html"
+	@mv "$(REPORTS)/.train.ipynb" "$(LATEST)/train.ipynb"
+	@$(BIN)/jupyter nbconvert --log-level WARN --to html "$(LATEST)/train.ipynb"
+	@$(BIN)/python -c "import sys, irra_core as irra; print(irra.runs.summary(sys.argv[1]))" "$(LATEST)"
+	@echo "      notebook: $$(realpath "$(LATEST)")/train.ipynb"
+	@echo "          html: $$(realpath "$(LATEST)")/train.html"
 
 test: .venv/ready lint  ## everything that continuous integration checks
 	@if [ "$$CI" = true ]; then $(MAKE) browser; fi

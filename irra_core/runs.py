@@ -172,8 +172,8 @@ def gains(metrics: Mapping[str, Any]) -> DataFrame:
 
 
 def mark_latest(path: Path) -> None:
-    """Point the link `latest` in the reports folder to a run."""
-    root = reports_root()
+    """Point the link `latest` in the reports folder (of a shrunken run: in its folder `smoke`) to a run."""
+    root = path.parent.parent
     aside = root / f".latest.{os.getpid()}"
     aside.unlink(missing_ok=True)
     aside.symlink_to(os.path.relpath(path, root))

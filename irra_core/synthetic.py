@@ -418,7 +418,7 @@ def open_annotations(recipe: Recipe, root: str | Path | None = None, progress: A
     """
     if not recipe.dataset.startswith("synthetic"):
         return load_annotations(recipe.dataset, root, recipe.identities)
-    root = data_root(root) / ("smoke" if smoke() else "")
+    root = data_root(root) / (f"smoke/rendering-{RENDERING}" if smoke() else "")  # an older one is in nobody's way
     domain = recipe.dataset.removeprefix("synthetic").removeprefix("-") or "street"
     made = {"people": SMOKE_IDENTITIES} if smoke() else {}
     make_synthetic(root, domain=domain, progress=progress, **made)

@@ -6,7 +6,7 @@ LATEST := $(REPORTS)$(if $(filter-out 0,$(IRRA_SMOKE)),/smoke)/latest
 ARGS ?=
 DATASET ?= synthetic
 
-.PHONY: train test lab lock lint notebooks report studies explorer browser
+.PHONY: train test lab lock lint notebooks report studies explorer bench-explorer browser
 
 train: .venv/ready  ## trains on the default data set; ARGS="-p dataset rstp -p epochs 1" goes to papermill
 	@mkdir -p "$(REPORTS)"
@@ -54,6 +54,9 @@ lab: .venv/ready  ## JupyterLab in the notebooks folder
 explorer: .venv/ready  ## serves the explorer without its code, on this machine only, to who has the token; it loads nothing from elsewhere
 	$(BIN)/voila notebooks/explorer.ipynb --Voila.ip=127.0.0.1 --token \
 		--Voila.tornado_settings='{"headers": {"Content-Security-Policy": "default-src '\''self'\'' '\''unsafe-inline'\'' '\''unsafe-eval'\'' data: blob:"}}'
+
+bench-explorer: .venv/ready  ## milliseconds from a key press to the grid over 100,000 photos, measured in Chromium
+	@$(BIN)/python benchmarks/explorer.py
 
 browser: .venv/ready  ## Chromium, in which make test uses the explorer; without it that test is skipped
 	@if command -v chromium || command -v chromium-browser || command -v google-chrome; then :; \

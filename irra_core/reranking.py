@@ -10,8 +10,8 @@ from irra_core.images import normalise
 from irra_core.text import MASK_ID, detokenize_words, tokenize
 
 CANDIDATES = {"reciprocal": 100, "words": 20}  # photos that get the second look, if k is not more
-NEIGHBOURS, EXPANDED = 20, 6  # Zhong et al.'s k1 and k2
-COSINE_SHARE = 0.3  # Zhong et al.'s lambda: what the first look keeps
+NEIGHBOURS, EXPANDED = 6, 2  # k1 and k2; Zhong et al.: 20 and 6, for people with more photos, see reciprocal_scores
+COSINE_SHARE = 0.6  # lambda, what the first look keeps; Zhong et al.: 0.3
 WORD_GROUPS = 4  # each hides a quarter of the words, so that three quarters still tell who is meant
 WORD_WEIGHT = 0.02  # cosine for one nat a word
 
@@ -23,10 +23,15 @@ def reciprocal_scores(
 
     `cosines` are the query's, `features` the photos' (L2-normalised). Photos are described by their k-reciprocal
     neighbours among the n (i is among j's NEIGHBOURS nearest and j among i's), averaged over their EXPANDED nearest;
-    the score is 1 - (0.3 of the cosine distance + 0.7 of the Jaccard distance to the query's own description). A
+    the score is COSINE_SHARE of the cosine and the rest of the Jaccard overlap with the query's own description. A
     sentence is nobody's neighbour, photos lie nearer to each other, so the query is described by its nearest photos
     without asking back. Source: Zhong et al., "Re-ranking Person Re-identification with k-reciprocal Encoding"
     (CVPR 2017), section 3.
+
+    Measured on the synthetic set (four photos a person, the default run, 400 sentences a split, paired 95 % intervals
+    from resampling people). Val chose among k1 4, 6, 8, 20, up to k1/3 photos averaged and shares 0.3, 0.6, 0.9: R@1
+    +1.8 [-1.7, +5.1], mAP +2.2 [+1.0, +3.5]; the paper's k1 20, k2 6 and 0.3 lose there, R@1 -7.2 [-12.0, -2.5].
+    On test the choice has R@1 -4.0 [-8.4, +0.3] and mAP +0.6 [-0.8, +1.9]: no gain. A search took 5 ms instead of 3.
     """
     order = np.argsort(-cosines, kind="stable")[:NEIGHBOURS]
     query = np.zeros(len(cosines))
@@ -72,6 +77,9 @@ def word_scores(
     The words are hidden in WORD_GROUPS turns, every fourth one at a time, and the interaction encoder says how likely
     each is given the photo and the words that are left; the mean log-likelihood is added with WORD_WEIGHT. Raises
     ValueError for a model without interaction encoder.
+
+    Measured as `reciprocal_scores` on test: R@1 +0.2 [-0.8, +1.5], mAP +0.1 [-0.1, +0.2], no gain that can be told
+    from none, for 0.5 s a sentence (one thread of a busy machine).
     """
     if model.interaction is None:
         raise ValueError("rerank 'words' needs the interaction encoder, which this model is without: train with +mlm")

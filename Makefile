@@ -6,7 +6,7 @@ LATEST := $(REPORTS)$(if $(filter-out 0,$(IRRA_SMOKE)),/smoke)/latest
 ARGS ?=
 DATASET ?= synthetic
 
-.PHONY: train test lab lock lint notebooks report studies explorer bench-explorer browser
+.PHONY: train test test-long lab lock lint notebooks report studies explorer bench-explorer browser
 
 train: .venv/ready  ## trains on the default data set; ARGS="-p dataset rstp -p epochs 1" goes to papermill
 	@mkdir -p "$(REPORTS)"
@@ -21,6 +21,9 @@ test: .venv/ready lint  ## everything that continuous integration checks
 	@if [ "$$CI" = true ]; then $(MAKE) browser; fi
 	$(BIN)/python -m pytest
 	$(MAKE) notebooks
+
+test-long: .venv/ready  ## kills 60 training processes at random moments
+	$(BIN)/python -m pytest -m long
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -9,9 +9,9 @@ import importlib
 _HOMES = {
     "recipes": "recipe Recipe RECIPES PRESETS notebook_parameters",
     "annotations": "load_annotations check_annotations",
-    "synthetic": "make_synthetic synthetic_ceiling open_annotations",
+    "synthetic": "make_synthetic synthetic_ceiling",
     "text": "tokenize",
-    "images": "load_images",
+    "images": "open_annotations load_images",
     "model": "build_model IRRA Features",
     "losses": "sdm_loss itc_loss cmpm_loss cmpc_loss tal_loss id_loss mlm_loss LOSSES",
     "metrics": "retrieval_metrics",

@@ -1,8 +1,8 @@
 """A backbone's name and a weights file → open_clip's CLIP for the recipe's image size and stride."""
 
+import hashlib
 import json
 import math
-import pickle
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT
 from jaxtyping import Float
 from open_clip.model import CLIP
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,6 +28,7 @@ SMALL_CLIP = {
     "vision_cfg": {"image_size": (96, 32), "layers": 3, "width": 128, "patch_size": 8, "head_width": 64},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 3},
 }
+CHECKSUM = "checksum"  # the entry of a safetensors file's metadata
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 # Entries of CLIP files that are no weights of the encoders.
 _NOT_LEARNED = ("logit_scale", "logit_bias", "input_resolution", "context_length", "vocab_size", "attn_mask")
@@ -120,21 +121,55 @@ def download(backbone: str, tag: str) -> Path:
 
 
 def read_weights(path: str | Path) -> tuple[dict, dict[str, str]]:
-    """What a weights file holds, and its metadata (safetensors only). It cannot run code while it is read."""
+    """What a weights file holds, and its metadata (safetensors only). It cannot run code while it is read.
+
+    Raises ValueError for a file that is damaged: cut short, or with other bytes than its checksum was made of.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"weights file {path} is not there")
+    metadata: dict[str, str] = {}
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        return torch.load(path, map_location="cpu", weights_only=True), {}
-    except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                metadata = file.metadata() or {}
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:  # such as no permission
+        raise
+    except Exception as error:  # a broken file makes torch raise almost anything
+        said = str(error).splitlines() or [type(error).__name__]
         raise ValueError(
             f"{path} ({path.stat().st_size:,} bytes) is not a weights file that can be read without running code: "
-            f"{str(error).splitlines()[0]}. Copy it again, or, if it comes from a source you trust, convert it: "
+            f"{said[0]}. Copy it again, or, if it comes from a source you trust, convert it: "
             f"torch.save(torch.jit.load(path).state_dict(), 'converted.pt') for a TorchScript file such as ViT-B-16.pt"
         ) from error
+    if not isinstance(tensors, Mapping):
+        raise ValueError(f"{path} holds a {type(tensors).__name__}: expected is a state dict, tensors by name")
+    if CHECKSUM in metadata:
+        _check_intact(tensors, metadata, path)
+    return tensors, metadata
+
+
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """BLAKE2b, in hex, of named tensors and of what is said of them; files written elsewhere have none."""
+    said = {name: text for name, text in metadata.items() if name != CHECKSUM}
+    digest = hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _check_intact(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
+    """Refuse a file that holds other bytes than its checksum was made of."""
+    if checksum(tensors, metadata) != metadata[CHECKSUM]:
+        raise ValueError(
+            f"{path} ({path.stat().st_size:,} bytes) is damaged: its content has another checksum than when it was "
+            "written. Copy it again; in a run folder, delete it, and the run is trained again"
+        )
 
 
 def load_clip_weights(clip: CLIP, path: str | Path) -> None:

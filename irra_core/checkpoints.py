@@ -1,19 +1,21 @@
 """A model ↔ safetensors on disk; the authors' released `.pth` → a model."""
 
+import errno
 import json
 import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from open_clip.transformer import QuickGELU
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from irra_core.backbone import fill, learned, new_clip, patch_grid, read_weights
+from irra_core.backbone import CHECKSUM, checksum, fill, learned, new_clip, patch_grid, read_weights
 from irra_core.interaction import CrossEncoder
 from irra_core.model import IRRA, build_model, seeded
 from irra_core.recipes import Recipe, read_recipe
@@ -43,8 +45,13 @@ def load_checkpoint(path: str | Path) -> tuple[IRRA, Recipe]:
     tensors, metadata = read_weights(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is no checkpoint of this library: read one of the released code's with load_official")
-    recipe = read_recipe(json.loads(metadata["recipe"]))
-    model = build_model(recipe.replace(pretrained="none", pretrained_towers="both"), int(metadata["num_ids"]))
+    try:
+        recipe, num_ids = read_recipe(json.loads(metadata["recipe"])), int(metadata["num_ids"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} does not say what model it holds ({error}): read it with the version of this library that wrote it"
+        ) from error
+    model = build_model(recipe.replace(pretrained="none", pretrained_towers="both"), num_ids)
     fill(learned(model.state_dict()), learned(tensors), str(path))
     return model, recipe
 
@@ -89,10 +96,26 @@ def load_weights(model: IRRA, path: str | Path) -> None:
     fill(learned(model.state_dict()), learned(read_weights(path)[0]), str(path))
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
-    """Write named tensors to a safetensors file, complete or not at all."""
+def save_tensors(
+    tensors: Mapping[str, Tensor],
+    path: str | Path,
+    metadata: Mapping[str, str] | None = None,
+    keep: str | Path | None = None,
+) -> None:
+    """Write named tensors to a safetensors file with their checksum, complete or not at all.
+
+    The file that was there before gets the name `keep`, where one is given, once the new one is on the disk.
+    """
+    tensors, metadata = {name: value.detach().contiguous() for name, value in tensors.items()}, dict(metadata or {})
+    metadata[CHECKSUM] = checksum(tensors, metadata)
     with replaced(path) as aside:
-        save_file({name: value.detach().contiguous() for name, value in tensors.items()}, aside, metadata)
+        try:
+            save_file(tensors, aside, metadata)
+        except SafetensorError as error:  # the disk's own words, without its number
+            raise OSError(errno.EIO, str(error)) from error
+        if keep is not None and Path(path).exists():
+            flush(aside)
+            os.replace(path, keep)
 
 
 def load_official(path: str | Path, image_size: Sequence[int] = (384, 128), stride: int = 16) -> IRRA:
@@ -250,11 +273,27 @@ def _check_positions(positions: int, image_size: tuple[int, int], patch: int, st
 
 @contextmanager
 def replaced(path: str | Path) -> Iterator[Path]:
-    """A file beside `path` to write into; it becomes `path` when all is written, and goes away when anything fails."""
+    """A file beside `path` to write into; it becomes `path` when all is on the disk, and goes away when anything fails.
+
+    Raises OSError, naming `path`, where the folder is full or cannot be written to.
+    """
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield aside
+        flush(aside)
         os.replace(aside, path)
+    except OSError as error:
+        before = "what was there before is intact" if path.exists() else "nothing was there before"
+        reason = error.strerror or str(error)
+        remedy = f"make room or grant access in {path.parent}"
+        raise OSError(error.errno, f"{path} cannot be written ({reason}): {remedy}; {before}") from error
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # of a read-only disk
+            aside.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's bytes are on the disk: a rename alone may get there before them."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

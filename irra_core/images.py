@@ -11,21 +11,25 @@ import os
 import shutil
 import stat
 import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import PIL
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
+from pandas import DataFrame
 from PIL import Image
 from torch import Tensor
 
-from irra_core.recipes import Recipe, project_root
+from irra_core.annotations import data_root, load_annotations
+from irra_core.recipes import SMOKE_IDENTITIES, Recipe, project_root, smoke
+from irra_core.synthetic import RENDERING, make_synthetic
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's training images, red, green, blue of 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -48,6 +52,7 @@ TURNS = {  # EXIF orientation → what makes the picture upright
 }
 VERSION = 1  # of what decoding does to a picture: arrays of another version are not used
 GROUP = 8  # images that a thread takes at once: handing over single ones costs 5 % of the time
+MOST_UNREADABLE = 0.01  # of a data set's photos; with more, a run does not begin
 WAITING = 4  # groups a core that may wait to be written: little memory, and no core waits for another
 
 
@@ -298,6 +303,44 @@ def _upright(image: Image.Image) -> Image.Image:
     except Exception:  # a broken EXIF entry says nothing; the pixels are fine
         return image
     return image if turn is None else image.transpose(turn)
+
+
+def open_annotations(recipe: Recipe, root: str | Path | None = None, progress: Any = None) -> DataFrame:
+    """The table of a recipe's data set; rendered people are made first, once, where they are not there yet.
+
+    With IRRA_SMOKE=1 a few rendered people of their own folder stand in for the default ones. Of real photos, those
+    that cannot be read are left out (see `leave_out_unreadable`).
+    """
+    if not recipe.dataset.startswith("synthetic"):
+        return leave_out_unreadable(load_annotations(recipe.dataset, root, recipe.identities), recipe, progress)
+    root = data_root(root) / (f"smoke/rendering-{RENDERING}" if smoke() else "")  # an older one is in nobody's way
+    domain = recipe.dataset.removeprefix("synthetic").removeprefix("-") or "street"
+    made = {"people": SMOKE_IDENTITIES} if smoke() else {}
+    make_synthetic(root, domain=domain, progress=progress, **made)
+    return load_annotations(recipe.dataset, root, recipe.identities)
+
+
+def leave_out_unreadable(annotations: DataFrame, recipe: Recipe, progress: Callable | None = None) -> DataFrame:
+    """The table without the photos that cannot be read: one of thousands does not end a run.
+
+    They are named in a warning and in `attrs["unreadable"]` (a path and a reason each), from which a run takes its
+    unreadable.csv and its count. Raises UnreadableImages for more than MOST_UNREADABLE of the photos: then something
+    else is wrong, such as a disk that is not there.
+    """
+    photos = annotations.drop_duplicates("image_id").sort_values("image_id")
+    try:
+        image_array(list(photos.path), recipe.image_height, recipe.image_width, progress)
+        return annotations
+    except UnreadableImages as error:
+        if len(error.files) > MOST_UNREADABLE * len(photos):
+            raise
+        unreadable = error
+    bad = annotations.path.map(os.path.abspath).isin(unreadable.files)
+    warnings.warn(f"left out with their {bad.sum():,} captions: {unreadable}", stacklevel=2)
+    kept = annotations[~bad].reset_index(drop=True)
+    kept = kept.assign(image_id=np.unique(kept.image_id, return_inverse=True)[1].astype(np.int64))
+    kept.attrs["unreadable"] = [{"path": path, "reason": reason} for path, reason in unreadable.files.items()]
+    return kept
 
 
 def load_images(paths: Iterable[str | Path], recipe: Recipe) -> Float[Tensor, "n 3 h w"]:

@@ -1,5 +1,6 @@
 """Run folders: their names, what they keep, when one is finished, and many of them collected into one table."""
 
+import fcntl
 import hashlib
 import importlib.resources
 import json
@@ -7,10 +8,11 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import pandas as pd
 from pandas import DataFrame
@@ -22,7 +24,10 @@ from irra_core.images import image_array
 from irra_core.recipes import RECIPES, Recipe, own_file, project_root, read_recipe, smoke
 
 FORMAT = 1  # of what a run folder keeps; a run with another is made again
-WEIGHTS, STATE = "weights.safetensors", "state.safetensors"
+WEIGHTS, STATE, STATE_BEFORE = "weights.safetensors", "state.safetensors", "state.previous.safetensors"
+FAILED, FAILED_BATCH = "failed.safetensors", "failed-batch.safetensors"  # before the step whose loss was no number
+UNREADABLE = "unreadable.csv"  # photos that were left out, with the reasons
+LOCK = ".lock"
 
 
 class RunFolder(NamedTuple):
@@ -111,9 +116,51 @@ def begin(path: Path, recipe: Recipe, data: str) -> None:
     different = differences(path, recipe, data)
     if different:
         raise ValueError(f"{path} holds another run: {'; '.join(different)}. Take another folder or remove it")
-    path.mkdir(parents=True, exist_ok=True)
-    kept = {"format": FORMAT, "data": data, "recipe": json.loads(recipe.to_json())}
-    write_text(path / "recipe.json", json.dumps(kept, indent=2))
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        remedy = "grant access there, or set IRRA_REPORTS to another folder"
+        raise OSError(error.errno, f"run folder {path} cannot be made ({error.strerror}): {remedy}") from error
+    if not (path / "recipe.json").exists():
+        kept = {"format": FORMAT, "data": data, "recipe": json.loads(recipe.to_json())}
+        write_text(path / "recipe.json", json.dumps(kept, indent=2))
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """This process alone may write to a run folder; the lock goes with the process, however that ends.
+
+    What a killed process left half written is cleared away. Raises RuntimeError naming the process that is there.
+    """
+    file = path / LOCK
+    with _lock(file) as opened:
+        opened.truncate(0)
+        opened.write(f"process {os.getpid()} on {platform.node()}")
+        opened.flush()
+        for part in path.glob(".*.part"):
+            part.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+
+
+def _lock(file: Path) -> TextIO:
+    """The open lock file, locked until it is closed or this process dies."""
+    while True:
+        opened = file.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if file.exists() and os.path.samestat(os.fstat(opened.fileno()), file.stat()):
+                return opened  # else the one before us has just finished and taken its file away
+        except BlockingIOError:
+            opened.seek(0)
+            holder = opened.read() or "another process"
+            opened.close()
+            own = f"process {os.getpid()} on {platform.node()}" == holder
+            remedy = "that is this one: restart the kernel" if own else "wait for it, or end it"
+            raise RuntimeError(f"{file.parent} is being trained by {holder}: {remedy}") from None
+        opened.close()
 
 
 def finished(path: str | Path) -> bool:
@@ -208,8 +255,6 @@ def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all: aside, flushed to the disk, then renamed."""
     with replaced(path) as aside, aside.open("w", encoding="utf-8") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def machine() -> dict[str, Any]:

@@ -26,9 +26,10 @@ from irra_core.annotations import hold_out
 from irra_core.backbone import WEIGHT_SUFFIXES, configuration, download, learned, patch_grid
 from irra_core.checkpoints import load_checkpoint
 from irra_core.evaluation import METRICS
+from irra_core.images import open_annotations
 from irra_core.interaction import build_interaction
 from irra_core.recipes import PRESETS, Recipe, project_root, recipe, smoke, unknown
-from irra_core.synthetic import is_rendered, open_annotations, twin_pids
+from irra_core.synthetic import is_rendered, twin_pids
 from irra_core.text import VOCABULARY
 from irra_core.training import pretrained_general
 

@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 from pandas import DataFrame
 
-from irra_core.annotations import data_root, load_annotations
 from irra_core.captions import Person, caption_of, hidden_in, weighted
 from irra_core.pedestrian import COLOURS, HAIR_COLOURS, SKINS
-from irra_core.recipes import DOMAINS, SMOKE_IDENTITIES, Recipe, smoke, unknown
+from irra_core.recipes import DOMAINS, Recipe, unknown
 from irra_core.scenery import photograph
 from irra_core.sketch import Number, tone
 
@@ -409,20 +408,6 @@ def _photo(path: str, person: Person, body: dict, view: str, domain: str, entrop
         "caption_attributes": list(told.values()),
         "boxes": boxes,
     }
-
-
-def open_annotations(recipe: Recipe, root: str | Path | None = None, progress: Any = None) -> DataFrame:
-    """The table of a recipe's data set; rendered people are made first, once, where they are not there yet.
-
-    With IRRA_SMOKE=1 a few rendered people of their own folder stand in for the default ones.
-    """
-    if not recipe.dataset.startswith("synthetic"):
-        return load_annotations(recipe.dataset, root, recipe.identities)
-    root = data_root(root) / (f"smoke/rendering-{RENDERING}" if smoke() else "")  # an older one is in nobody's way
-    domain = recipe.dataset.removeprefix("synthetic").removeprefix("-") or "street"
-    made = {"people": SMOKE_IDENTITIES} if smoke() else {}
-    make_synthetic(root, domain=domain, progress=progress, **made)
-    return load_annotations(recipe.dataset, root, recipe.identities)
 
 
 # what is known of rendered people

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,14 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from pandas import DataFrame
-from safetensors import safe_open
 from torch import Tensor
 
 from irra_core import runs
 from irra_core.annotations import hold_out, load_annotations, photo_table
-from irra_core.batches import Batches
-from irra_core.checkpoints import load_weights, replaced, save_checkpoint, save_tensors
+from irra_core.backbone import read_weights
+from irra_core.batches import Batch, Batches
+from irra_core.checkpoints import load_checkpoint, load_weights, replaced, save_checkpoint, save_tensors
 from irra_core.evaluation import Evaluation, autocast, evaluate, gain, scores
 from irra_core.images import image_array
 from irra_core.losses import total_loss
@@ -35,22 +37,27 @@ def train(recipe: Recipe, annotations: DataFrame, folder: str | Path, progress=N
 
     Resumes by itself: a folder with an interrupted run goes on at its last evaluation, bit for bit as if it had never
     stopped; a finished one only yields its history again. The run folder then holds recipe.json, history.csv,
-    metrics.json, queries.csv, machine.json and the selected weights. The split named by `recipe.select_on` picks the
+    metrics.json, queries.csv, machine.json, the selected weights and, where open_annotations left photos out,
+    unreadable.csv. The split named by `recipe.select_on` picks the
     weights; test is read once, at the end (`select_on="test"` reads it at every evaluation, as the released code).
-    `progress` is a tqdm-like class. Raises ValueError where the folder holds another run or the table cannot train.
+    `progress` is a tqdm-like class. Raises ValueError where the folder holds another run or the table cannot train,
+    RuntimeError where another process trains in it, FloatingPointError where a loss is no number (see `replay`).
     """
-    folder = Path(folder)
+    folder, unreadable = Path(folder), annotations.attrs.get("unreadable", [])
     runs.begin(folder, recipe, runs.data_digest(annotations, recipe, progress))
     if runs.finished(folder):
         yield from pd.read_csv(folder / "history.csv").to_dict("records")
         return
-    if recipe.select_on == "val":
-        annotations = hold_out(annotations)
-    photos = photo_table(annotations)
-    pixels = image_array(list(photos.path), recipe.image_height, recipe.image_width).pixels
-    run = _Run(recipe, annotations, pixels, folder, progress)
-    yield from run.fit()
-    run.finish()
+    with runs.locked(folder):
+        if unreadable:
+            runs.write_text(folder / runs.UNREADABLE, DataFrame(unreadable).to_csv(index=False))
+        if recipe.select_on == "val":
+            annotations = hold_out(annotations)
+        photos = photo_table(annotations)
+        pixels = image_array(list(photos.path), recipe.image_height, recipe.image_width).pixels
+        run = _Run(recipe, annotations, pixels, folder, progress)
+        yield from run.fit()
+        run.finish({"unreadable_images": len(unreadable)} if unreadable else {})
 
 
 def learning_rate(epoch: int, recipe: Recipe) -> float:
@@ -139,6 +146,29 @@ def pretrained_general(progress=None) -> Path:
     return weights
 
 
+def replay(folder: str | Path) -> dict[str, float]:
+    """The loss parts of the step at which a run stopped because one was no number, computed again.
+
+    `train` saved the weights before that step in failed.safetensors and its batch in failed-batch.safetensors.
+    """
+    model, recipe = load_checkpoint(Path(folder) / runs.FAILED)
+    tensors, _ = read_weights(Path(folder) / runs.FAILED_BATCH)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch = Batch(**{name: tensor.to(device) for name, tensor in tensors.items() if name != "image_ids"})
+    precision = step_precision(recipe.precision, device)
+    model = (half_weights(model) if precision == "fp16" else model).to(device).train()
+    parts = loss_parts(model, batch, recipe, precision)
+    return {name: part.item() for name, part in parts.items()}
+
+
+def loss_parts(model: IRRA, batch: Batch, recipe: Recipe, precision: str) -> dict[str, Float[Tensor, ""]]:
+    """Every loss of the recipe on one batch, in the arithmetic of a training step."""
+    with autocast(batch.pids.device, precision):
+        features = model(batch.images, batch.tokens, batch.masked_tokens, batch.labels)
+    weight = model.classifier.weight if model.classifier is not None else None
+    return total_loss(features, batch.pids, recipe, classifier_weight=weight)
+
+
 class _Best(NamedTuple):
     """The evaluation whose weights are kept."""
 
@@ -161,6 +191,8 @@ class _Run:
         if self.precision == "fp16":
             half_weights(self.model)
         self.optimiser = build_optimiser(self.model, recipe)
+        self.optimiser.found_inf = torch.zeros((), device=self.device)  # 1: Adam leaves the weights as they are
+        self.unread: list[Tensor] = []  # the loss parts of the last steps, not yet looked at
         self.step, self.history, self.best, self.seconds = 0, [], _Best(0, -math.inf), {"training": 0.0}
         self.hard_pids = twin_pids(annotations, recipe)
         self.total = min(recipe.epochs * self.batches.steps_per_epoch, recipe.max_steps or math.inf)
@@ -183,7 +215,7 @@ class _Run:
                 sums = parts if sums is None else sums + parts
                 self.step += 1
                 if self.step % READ_LOSSES_EVERY == 0 or self.step % self.every == 0 or self.step == self.total:
-                    self.check_finite(sums)
+                    self.check_finite()
                     if bar:
                         bar.set_postfix(loss=f"{sums.sum().item() / (self.step - since):.3f}", refresh=False)
                 self.seconds["training"] += time.perf_counter() - began
@@ -206,25 +238,37 @@ class _Run:
             group["lr"] = lr * group["factor"]
         batch = self.batches.at(self.step)
         model.train()
-        with autocast(self.device, self.precision):
-            features = model(batch.images, batch.tokens, batch.masked_tokens, batch.labels)
-        weight = model.classifier.weight if model.classifier is not None else None
-        parts = total_loss(features, batch.pids, recipe, classifier_weight=weight)
-        stacked = torch.stack(list(parts.values()))
+        stacked = torch.stack(list(loss_parts(model, batch, recipe, self.precision).values()))
+        self.unread.append(stacked.detach())
+        broken = (~torch.isfinite(self.unread[-1]).all()).float()
+        self.optimiser.found_inf.copy_(torch.maximum(self.optimiser.found_inf, broken))  # once broken, no step counts
         self.optimiser.zero_grad(set_to_none=True)
         stacked.sum().backward()
         self.optimiser.step()
         return stacked.detach()
 
-    def check_finite(self, sums: Tensor) -> None:
-        """Raise FloatingPointError, naming step, parts and learning rate, once a loss is not a number."""
-        if not torch.isfinite(sums).all():
-            parts = dict(zip(self.recipe.loss_names, sums.tolist()))
-            lr = learning_rate((self.step - 1) // self.batches.steps_per_epoch, self.recipe)
-            raise FloatingPointError(
-                f"a loss is not finite at step {self.step} (sums since the last evaluation: {parts}; lr {lr:g}); "
-                f"lower lr or raise the precision; {self.folder} keeps the state of the last evaluation"
-            )
+    def check_finite(self) -> None:
+        """Raise FloatingPointError, naming step, parts and learning rate, once a loss is not a number.
+
+        What `replay` needs is saved first: the weights, which have stood still since, and the batch.
+        """
+        broken = (~torch.isfinite(torch.stack(self.unread))).any(1).nonzero().flatten().tolist()
+        first = self.step - len(self.unread)
+        unread, self.unread = self.unread, []
+        if not broken:
+            return
+        step, parts = first + broken[0], dict(zip(self.recipe.loss_names, unread[broken[0]].tolist()))
+        lr = learning_rate(step // self.batches.steps_per_epoch, self.recipe)
+        batch = vars(self.batches.at(step))
+        batch["image_ids"] = self.batches.images[batch["rows"].cpu()]
+        said = {"step": str(step + 1), "lr": str(lr), "parts": json.dumps({n: str(v) for n, v in parts.items()})}
+        save_checkpoint(self.model, self.recipe, self.folder / runs.FAILED)
+        save_tensors(batch, self.folder / runs.FAILED_BATCH, said)
+        raise FloatingPointError(
+            f"a loss is not finite at step {step + 1}: {parts}, lr {lr:g}. Lower lr or raise the precision. "
+            f"{self.folder} keeps the state of the last evaluation, and for training.replay the weights before the "
+            f"step ({runs.FAILED}) and its batch ({runs.FAILED_BATCH})"
+        )
 
     def evaluation_row(self, losses: list[float]) -> dict[str, Any]:
         """Evaluate on the split that selects, keep the weights if they are the best so far; the row of history."""
@@ -266,16 +310,33 @@ class _Run:
         for index, moments in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{index}.{name}": value for name, value in moments.items()}
         kept = {"step": self.step, "best": list(self.best), "history": self.history, "seconds": self.seconds}
-        save_tensors(tensors, self.folder / runs.STATE, {"run": json.dumps(kept)})
+        state, before = self.folder / runs.STATE, self.folder / runs.STATE_BEFORE
+        save_tensors(tensors, state, {"run": json.dumps(kept)}, keep=before)
+
+    def kept_state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The last state that is whole, if there is one; a damaged one is warned of and the one before it is used."""
+        damaged = []
+        for name in (runs.STATE, runs.STATE_BEFORE):
+            if not (self.folder / name).exists():
+                continue
+            try:
+                tensors, metadata = read_weights(self.folder / name)
+                kept = json.loads(metadata["run"])
+            except (ValueError, KeyError) as error:
+                damaged.append(str(error))
+                continue
+            if damaged:
+                warnings.warn(f"{damaged[0]}. Going on from the state before it, of step {kept['step']}", stacklevel=2)
+            return tensors, kept
+        if damaged:
+            warnings.warn(f"{'; '.join(damaged)}. No state is whole: training begins again at step 0", stacklevel=2)
+        return None
 
     def resume(self) -> None:
         """Go on from the last evaluation, if there was one."""
-        file = self.folder / runs.STATE
-        if not file.exists():
+        if (found := self.kept_state()) is None:
             return
-        with safe_open(file, "pt") as opened:
-            kept = json.loads(opened.metadata()["run"])
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+        tensors, kept = found
         weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
         self.model.load_state_dict(weights)
         moments: dict[int, dict[str, Tensor]] = {}
@@ -287,10 +348,13 @@ class _Run:
         self.step, self.best, self.history = kept["step"], _Best(*kept["best"]), kept["history"]
         self.seconds = kept["seconds"]
 
-    def finish(self) -> None:
-        """Read test once: the selected weights beside the untrained model and the one before fine-tuning."""
+    def finish(self, counted: dict[str, int]) -> None:
+        """Read test once: the selected weights beside the untrained model and the one before fine-tuning.
+
+        What was `counted` before the training stands in metrics.json too.
+        """
         recipe = self.recipe
-        metrics: dict[str, Any] = {"selected": {"on": recipe.select_on, "step": self.best.step}}
+        metrics: dict[str, Any] = {"selected": {"on": recipe.select_on, "step": self.best.step}} | counted
         if (self.annotations.split == "test").any():
             load_weights(self.model, self.folder / runs.WEIGHTS)
             trained = self.evaluated(self.model, "test")
@@ -305,7 +369,8 @@ class _Run:
             runs.write_text(self.folder / "queries.csv", columns.to_csv(index=False))
         runs.write_text(self.folder / "machine.json", json.dumps(self.machine(), indent=2))
         runs.write_text(self.folder / "metrics.json", json.dumps(metrics, indent=2))
-        (self.folder / runs.STATE).unlink(missing_ok=True)
+        for name in (runs.STATE, runs.STATE_BEFORE, runs.FAILED, runs.FAILED_BATCH):
+            (self.folder / name).unlink(missing_ok=True)
 
     def starting_points(self) -> dict[str, IRRA]:
         """What the trained model is compared with: random weights, and the pretrained CLIP without fine-tuning."""

@@ -1,6 +1,7 @@
 """Training: the released optimiser and schedule, resuming bit for bit, selection, and what a run leaves."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import irra_core as irra
-from irra_core import runs, training
+from irra_core import images, runs, training
 from irra_core.annotations import hold_out
 from irra_core.losses import total_loss
 from irra_core.training import build_optimiser, half_weights, learning_rate, pretrained_general, train
@@ -179,7 +180,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_part(tiny, an
         return parts | {"mlm": parts["mlm"] * float("nan")}
 
     monkeypatch.setattr(training, "total_loss", broken)
-    with pytest.raises(FloatingPointError, match=r"step 2 .*'mlm': nan.*lr"):
+    with pytest.raises(FloatingPointError, match=r"step 1: .*'mlm': nan.*lr"):
         list(train(tiny, annotations, tmp_path / "run"))
     assert not (tmp_path / "run" / "metrics.json").exists()
 
@@ -256,3 +257,107 @@ def test_what_a_bf16_run_learns_stays_near_fp32_and_its_machine_says_bf16(annota
     losses = {name: [row["loss"] for row in found] for name, found in rows.items()}
     assert losses["bf16"] != losses["fp32"]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
+
+
+def test_a_run_that_explodes_saves_what_computes_the_same_loss_again(tiny, annotations, tmp_path):
+    recipe = tiny.replace(lr=1e30, max_steps=None, epochs=5)
+    with pytest.raises(FloatingPointError, match=r"not finite at step (\d+): .*lr 1e\+29.*failed-batch") as error:
+        list(train(recipe, annotations, tmp_path / "run"))
+    again = training.replay(tmp_path / "run")
+    assert str(again) in str(error.value)
+    assert not all(np.isfinite(list(again.values())))
+    _, kept = irra.load_checkpoint(tmp_path / "run" / runs.FAILED)
+    assert kept == recipe
+    batch = load_file(tmp_path / "run" / runs.FAILED_BATCH)
+    table = annotations[annotations.split == "train"].reset_index(drop=True)
+    assert table.image_id[batch["rows"].tolist()].tolist() == batch["image_ids"].tolist()
+
+
+def flip(file: Path) -> None:
+    """Turn one bit in the middle of a file's tensors."""
+    content = bytearray(file.read_bytes())
+    content[len(content) * 2 // 3] ^= 1
+    file.write_bytes(content)
+
+
+def tear(file: Path) -> None:
+    """Leave the first half of a file."""
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.fixture(scope="module")
+def halfway(tmp_path_factory, annotations):
+    """A run stopped after its second evaluation, and the same run as it ends when nobody stops it."""
+    recipe = irra.recipe(pretrained="none", batch_size=8, epochs=2, max_steps=5, evaluate_every=2)
+    base = tmp_path_factory.mktemp("halfway")
+    running = train(recipe, annotations, base / "half")
+    next(running), next(running)
+    running.close()
+    return recipe, base / "half", list(train(recipe, annotations, base / "whole")), weights(base / "whole")
+
+
+@pytest.mark.parametrize("damage", [flip, tear])
+def test_a_damaged_state_is_said_out_loud_and_the_one_before_it_goes_on(halfway, annotations, tmp_path, damage):
+    recipe, half, whole, expected = halfway
+    shutil.copytree(half, tmp_path / "run")
+    damage(tmp_path / "run" / runs.STATE)
+    with pytest.warns(UserWarning, match=r"state\.safetensors.*Going on from the state before it, of step 2"):
+        rest = list(train(recipe, annotations, tmp_path / "run"))
+    assert rest == whole[1:]
+    got = weights(tmp_path / "run")
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_a_run_with_no_whole_state_says_so_and_begins_again(halfway, annotations, tmp_path):
+    recipe, half, whole, _ = halfway
+    shutil.copytree(half, tmp_path / "run")
+    tear(tmp_path / "run" / runs.STATE)
+    flip(tmp_path / "run" / runs.STATE_BEFORE)
+    with pytest.warns(UserWarning, match="No state is whole: training begins again"):
+        assert list(train(recipe, annotations, tmp_path / "run")) == whole
+
+
+@pytest.mark.parametrize("damage", [flip, tear])
+def test_damaged_weights_of_a_finished_run_are_refused_by_name(finished, tmp_path, damage):
+    shutil.copytree(finished[0], tmp_path / "run")
+    damage(tmp_path / "run" / runs.WEIGHTS)
+    with pytest.raises(ValueError, match=r"run/weights\.safetensors.*opy it again"):
+        irra.load_checkpoint(tmp_path / "run" / runs.WEIGHTS)
+
+
+def test_an_interrupt_leaves_a_run_that_goes_on_as_if_nothing_had_been(halfway, annotations, tmp_path, monkeypatch):
+    recipe, _, whole, expected = halfway
+    real, calls = training._Run.train_step, []
+
+    def interrupted(run):
+        calls.append(run.step)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(run)
+
+    monkeypatch.setattr(training._Run, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(train(recipe, annotations, tmp_path / "run"))
+    assert not (tmp_path / "run" / runs.LOCK).exists()
+    assert list(train(recipe, annotations, tmp_path / "run")) == whole[1:]
+    assert all(torch.equal(weights(tmp_path / "run")[name], expected[name]) for name in expected)
+
+
+def test_unreadable_photos_are_left_out_listed_and_counted(annotations, tmp_path, tiny, monkeypatch):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no photo")
+    more = annotations.copy()
+    more.loc[3, "path"] = str(broken)
+    monkeypatch.setattr(images, "MOST_UNREADABLE", 0.05)
+    with pytest.warns(UserWarning, match=r"left out with their 1 captions(?s:.*)broken\.png.*no image"):
+        table = images.leave_out_unreadable(more, tiny)
+    assert table.path.tolist() == [path for path in more.path if path != str(broken)]
+    assert sorted(table.image_id) == list(range(len(more) - 1))
+    list(train(tiny.replace(max_steps=1), table, tmp_path / "run"))
+    assert pd.read_csv(tmp_path / "run" / runs.UNREADABLE).path.tolist() == [str(broken)]
+    assert runs.load_run(tmp_path / "run")["metrics"]["unreadable_images"] == 1
+
+
+def test_many_unreadable_photos_stop_a_run_before_it_begins(annotations, tmp_path, tiny):
+    with pytest.raises(images.UnreadableImages, match="18 images cannot be read"):
+        images.leave_out_unreadable(annotations.assign(path=annotations.path.str.replace("-0", "-7")), tiny)

@@ -438,11 +438,18 @@ def check_annotations(annotations: DataFrame, dataset: str | None = None, read_i
         *_identity_findings(annotations),
         *_caption_findings(annotations),
         *_file_findings(annotations, read_images),
+        *_left_out_findings(annotations),
         *_count_findings(annotations, dataset),
     ]
     rank = ("error", "warning", "note").index
     findings = sorted((row for row in findings if row[3]), key=lambda row: rank(row[0]))
     return DataFrame(findings, columns=["severity", "finding", "where", "count"])
+
+
+def _left_out_findings(annotations: DataFrame) -> Iterable[tuple[str, str, str, int]]:
+    """Findings about photos that are no longer in the table, because they could not be read."""
+    left_out = [photo["path"] for photo in annotations.attrs.get("unreadable", [])]
+    yield _finding("warning", "an image that cannot be read was left out", left_out)
 
 
 def _identity_findings(annotations: DataFrame) -> Iterable[tuple[str, str, str, int]]:

@@ -127,13 +127,15 @@ def begin(path: Path, recipe: Recipe, data: str) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
     """This process alone may write to a run folder; the lock goes with the process, however that ends.
 
-    What a killed process left half written is cleared away. Raises RuntimeError naming the process that is there.
+    What a killed process left half written is cleared away. Waits for the process that is there, or, without `wait`,
+    raises RuntimeError naming it.
     """
+    path.mkdir(parents=True, exist_ok=True)
     file = path / LOCK
-    with _lock(file) as opened:
+    with _lock(file, wait) as opened:
         opened.truncate(0)
         opened.write(f"process {os.getpid()} on {platform.node()}")
         opened.flush()
@@ -145,12 +147,12 @@ def locked(path: Path) -> Iterator[None]:
             file.unlink(missing_ok=True)
 
 
-def _lock(file: Path) -> TextIO:
+def _lock(file: Path, wait: bool) -> TextIO:
     """The open lock file, locked until it is closed or this process dies."""
     while True:
         opened = file.open("a+", encoding="utf-8")
         try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if file.exists() and os.path.samestat(os.fstat(opened.fileno()), file.stat()):
                 return opened  # else the one before us has just finished and taken its file away
         except BlockingIOError:

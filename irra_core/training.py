@@ -135,14 +135,17 @@ def pretrained_general(progress=None) -> Path:
     """The small CLIP's weights after InfoNCE on the domain `general`; rendered and trained once, then cached."""
     recipe = pretraining()
     weights = general_weights(recipe)
-    if not weights.exists():
-        folder = weights.with_suffix("")
-        make_synthetic(folder, people=recipe.identities, domain="general", progress=progress)
-        annotations = load_annotations("synthetic-general", folder).assign(split="train")
-        for _ in train(recipe, annotations, folder / "run", progress):
-            pass
-        with replaced(weights) as aside:
-            shutil.copyfile(folder / "run" / runs.WEIGHTS, aside)
+    if weights.exists():
+        return weights
+    with runs.locked(weights.parent, wait=True):  # another process may be making them
+        if not weights.exists():
+            folder = weights.with_suffix("")
+            make_synthetic(folder, people=recipe.identities, domain="general", progress=progress)
+            annotations = load_annotations("synthetic-general", folder).assign(split="train")
+            for _ in train(recipe, annotations, folder / "run", progress):
+                pass
+            with replaced(weights) as aside:
+                shutil.copyfile(folder / "run" / runs.WEIGHTS, aside)
     return weights
 
 

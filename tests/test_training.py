@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import irra_core as irra
 from irra_core import images, runs, training
-from irra_core.annotations import hold_out
+from irra_core.annotations import check_annotations, hold_out
 from irra_core.losses import total_loss
 from irra_core.training import build_optimiser, half_weights, learning_rate, pretrained_general, train
 
@@ -353,6 +353,7 @@ def test_unreadable_photos_are_left_out_listed_and_counted(annotations, tmp_path
         table = images.leave_out_unreadable(more, tiny)
     assert table.path.tolist() == [path for path in more.path if path != str(broken)]
     assert sorted(table.image_id) == list(range(len(more) - 1))
+    assert "cannot be read was left out" in " ".join(check_annotations(table).finding)
     list(train(tiny.replace(max_steps=1), table, tmp_path / "run"))
     assert pd.read_csv(tmp_path / "run" / runs.UNREADABLE).path.tolist() == [str(broken)]
     assert runs.load_run(tmp_path / "run")["metrics"]["unreadable_images"] == 1

@@ -109,10 +109,7 @@ def save_tensors(
     tensors, metadata = {name: value.detach().contiguous() for name, value in tensors.items()}, dict(metadata or {})
     metadata[CHECKSUM] = checksum(tensors, metadata)
     with replaced(path) as aside:
-        try:
-            save_file(tensors, aside, metadata)
-        except SafetensorError as error:  # the disk's own words, without its number
-            raise OSError(errno.EIO, str(error)) from error
+        save_file(tensors, aside, metadata)
         if keep is not None and Path(path).exists():
             flush(aside)
             os.replace(path, keep)
@@ -283,11 +280,13 @@ def replaced(path: str | Path) -> Iterator[Path]:
         yield aside
         flush(aside)
         os.replace(aside, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        told = re.search(r"os error (\d+)", str(error))  # how safetensors passes on the disk's error
+        number = int(told[1]) if told else getattr(error, "errno", None) or errno.EIO
         before = "what was there before is intact" if path.exists() else "nothing was there before"
-        reason = error.strerror or str(error)
+        reason = getattr(error, "strerror", None) or str(error)
         remedy = f"make room or grant access in {path.parent}"
-        raise OSError(error.errno, f"{path} cannot be written ({reason}): {remedy}; {before}") from error
+        raise OSError(number, f"{path} cannot be written ({reason}): {remedy}; {before}") from error
     finally:
         with suppress(OSError):  # of a read-only disk
             aside.unlink(missing_ok=True)

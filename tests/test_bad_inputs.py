@@ -159,14 +159,23 @@ def checked(**changes):
     return make
 
 
+def copied(folder: Path):
+    """What check_annotations finds where two people have the same photo under two names."""
+    file = own(folder, people(4, split="train"))
+    (folder / "b.png").write_bytes((folder / "a.png").read_bytes())
+    return " ".join(check_annotations(load_annotations(file)).finding)
+
+
 def link_out(folder: Path):
-    """A link below the data that leads out of them: who owns the disk made it, so it is followed."""
+    """A link below the data that leads out of them: who owns the disk made it, so it is followed, and a finding."""
     draw(folder / "elsewhere" / "far.png", 70)
     (folder / "data").mkdir()
     (folder / "data" / "linked").symlink_to(folder / "elsewhere")
     content = people(2, split="test")
     content[1]["file_path"] = "linked/far.png"
-    return load_annotations(own(folder / "data", content)).path
+    table = load_annotations(own(folder / "data", content))
+    assert table.path.map(os.path.isfile).all()
+    return " ".join(check_annotations(table).finding)
 
 
 THIRD = r"/own\.json, record 3: .*"
@@ -186,7 +195,7 @@ ANNOTATIONS = {
     "no caption in the list": (record(captions=[]), THIRD + "captions is empty: write at least one"),
     "a caption that is null": (record(captions=[None]), THIRD + "caption is None.*expected is a text"),
     "a caption that is empty": (record(captions=[""]), lambda table: table.caption[2] == ""),
-    "an empty caption among findings": (checked(captions=[""]), lambda found: "empty" in found),
+    "an empty caption among findings": (checked(captions=[""]), lambda found: "an empty caption" in found),
     "a caption of 10,000 words": (record(captions=["word " * 10_000]), lambda table: len(table.caption[2]) == 50_000),
     "a caption with NUL": (record(captions=["a\0b"]), THIRD + "NUL.*write it again"),
     "a caption with half a pair": (record(captions=["a\ud83d"]), THIRD + "half a surrogate pair.*write it again"),
@@ -194,13 +203,17 @@ ANNOTATIONS = {
     "an absolute path": (record(file_path="/etc/passwd"), THIRD + "names no file inside .*write it relative"),
     "a Windows drive": (record(file_path="C:\\a.png"), THIRD + "names no file inside .*write it relative"),
     "Windows separators": (record(file_path=".\\c.png"), lambda table: Path(table.path[2]).name == "c.png"),
-    "a link that leads out": (link_out, lambda paths: paths.map(os.path.isfile).all()),
+    "a link that leads out": (link_out, lambda found: "a link that leads out" in found),
     "ids as texts": (record(id="p2"), lambda table: table.pid.tolist() == [0, 1, 2, 3]),
     "an id that is null": (record(id=None), THIRD + "id is None.*expected is an integer or a text"),
     "an unknown split": (record(split="tset"), THIRD + "split 'tset' is unknown: did you mean 'test'"),
     "a photo in two records": (record(file_path="a.png"), lambda table: table.image_id.tolist() == [0, 1, 0, 2]),
-    "equal photos under two names": (checked(), lambda found: isinstance(found, str)),
-    "one identity in train and test": (checked(split="test", id=0), lambda found: "split" in found),
+    "equal photos under two names": (copied, lambda found: "one photo under two identities" in found),
+    "one identity in train and test": (
+        checked(split="test", id=0),
+        lambda found: "the same identity in two splits" in found,
+    ),
+    "an identity with one photo": (checked(), lambda found: "an identity with one image" in found),
     "a data set that nobody knows": (lambda _: irra.recipe("cuhkk"), "'cuhkk' is unknown: did you mean 'cuhk'"),
     "a CSV with other columns": (read("a,b\n1,2\n", "own.csv"), r"own\.csv: column 'path' is missing"),
 }

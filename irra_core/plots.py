@@ -175,6 +175,7 @@ def interval_dots(
         rows = lines if hue is None else rows[rows[by].isin(places)]
         heights = np.arange(len(rows)) if hue is None else rows[by].map(places) + 0.15 * ((len(parts) - 1) / 2 - number)
         bars = [rows[metric] - rows[f"{metric}_low"], rows[f"{metric}_high"] - rows[metric]]
+        bars = [length.clip(lower=0) for length in bars]  # of few values the mean can lie beyond its interval's end
         ax.errorbar(rows[metric], heights, xerr=bars, fmt=shape, capsize=3, color=color, markersize=6, linewidth=1.5,
                     label=name)  # fmt: skip
     ax.set_yticks(np.arange(len(lines)), [str(name) for name in lines[by]])

@@ -254,3 +254,10 @@ def test_distribution_writes_per_cents_and_leaves_zeros_blank():
 def test_attention_on_a_white_photo_stays_within_white():
     ax = plots.attention(Image.new("RGB", (16, 48), "white"), np.ones((6, 2)), ax=Figure().subplots())
     assert np.asarray(ax.images[0].get_array()).max() <= 1
+
+
+def test_a_mean_beyond_its_intervals_end_is_drawn():
+    table = DataFrame({"name": ["hat"], "R1": [99.9], "R1_low": [95.0], "R1_high": [99.8]})
+    ax = plots.interval_dots(table, metric="R1", by="name")
+    (bar,) = [line for collection in ax.collections for line in collection.get_segments()]
+    assert sorted(bar[:, 0]) == [95.0, 99.9]

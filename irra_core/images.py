@@ -27,7 +27,7 @@ from pandas import DataFrame
 from PIL import Image
 from torch import Tensor
 
-from irra_core.annotations import data_root, load_annotations
+from irra_core.annotations import data_root, load_annotations, photo_table
 from irra_core.recipes import SMOKE_IDENTITIES, Recipe, project_root, smoke
 from irra_core.synthetic import RENDERING, make_synthetic
 
@@ -327,7 +327,7 @@ def leave_out_unreadable(annotations: DataFrame, recipe: Recipe, progress: Calla
     unreadable.csv and its count. Raises UnreadableImages for more than MOST_UNREADABLE of the photos: then something
     else is wrong, such as a disk that is not there.
     """
-    photos = annotations.drop_duplicates("image_id").sort_values("image_id")
+    photos = photo_table(annotations)
     try:
         image_array(list(photos.path), recipe.image_height, recipe.image_width, progress)
         return annotations

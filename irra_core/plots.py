@@ -174,8 +174,7 @@ def interval_dots(
     for number, ((name, rows), color, shape) in enumerate(zip(parts, PALETTE, "oDs^vP", strict=False)):
         rows = lines if hue is None else rows[rows[by].isin(places)]
         heights = np.arange(len(rows)) if hue is None else rows[by].map(places) + 0.15 * ((len(parts) - 1) / 2 - number)
-        bars = [rows[metric] - rows[f"{metric}_low"], rows[f"{metric}_high"] - rows[metric]]
-        bars = [length.clip(lower=0) for length in bars]  # of few values the mean can lie beyond its interval's end
+        bars = _bars(rows, metric)
         ax.errorbar(rows[metric], heights, xerr=bars, fmt=shape, capsize=3, color=color, markersize=6, linewidth=1.5,
                     label=name)  # fmt: skip
     ax.set_yticks(np.arange(len(lines)), [str(name) for name in lines[by]])
@@ -270,7 +269,7 @@ def gain_dots(
     for part, ((label, rows), color) in enumerate(zip(parts, PALETTE, strict=False)):
         known = rows[rows[gain].notna()]
         places = [names.index(name) + 0.22 * (part - (len(parts) - 1) / 2) for name in known[by]]
-        bars = [known[gain] - known[f"{gain}_low"], known[f"{gain}_high"] - known[gain]]
+        bars = _bars(known, gain)
         ax.errorbar(known[gain], places, xerr=bars, fmt="osD"[part], capsize=3, color=color, label=label, markersize=5)
     for place, name in enumerate(names):
         if results.loc[results[by] == name, gain].isna().all():
@@ -370,6 +369,12 @@ def _inches(ax: Axes | None) -> float:
 def _marker(rows: DataFrame) -> str:
     """Dots where they can be told apart."""
     return "o" if len(rows) <= 20 else ""
+
+
+def _bars(rows: DataFrame, value: str) -> list[pd.Series]:
+    """How far the interval reaches to either side of the value; not at all where few values' mean lies beyond it."""
+    lengths = [rows[value] - rows[f"{value}_low"], rows[f"{value}_high"] - rows[value]]
+    return [length.clip(lower=0) for length in lengths]
 
 
 def _spoken(metric: str) -> str:

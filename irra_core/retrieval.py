@@ -80,10 +80,7 @@ class Gallery:
         if head:
             _begin_folder(head, model, index)
         gallery._add(images, progress, folder)
-        if not len(gallery):
-            listed = "".join(f"; {row.path}: {row.reason}" for row in gallery.unreadable[:3].itertuples())
-            source = "the table" if isinstance(images, DataFrame) else images
-            raise ValueError(f"{source} has no photo that can be read ({len(gallery.unreadable)} unreadable{listed})")
+        _check_filled(gallery, images)
         if head:
             gallery._store.save_graph(head.parent)
         return gallery
@@ -262,6 +259,13 @@ class Gallery:
             twice = store.images.image_id[store.images.image_id.duplicated()].iloc[0]
             raise ValueError(f"{folder}: image_id {twice} is there twice: build the gallery again")
         return cls(model, store)
+
+
+def _check_filled(gallery: Gallery, images: DataFrame | str | Path) -> None:
+    if not len(gallery):
+        listed = "".join(f"; {row.path}: {row.reason}" for row in gallery.unreadable[:3].itertuples())
+        source = "the table" if isinstance(images, DataFrame) else images
+        raise ValueError(f"{source} has no photo that can be read ({len(gallery.unreadable)} unreadable{listed})")
 
 
 def _check_index(index: str) -> str:

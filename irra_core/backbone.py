@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from irra_core.recipes import project_root, unknown, unsuited
+from irra_core.recipes import check_patches, project_root, unknown, unsuited
 
 # The little CLIP of the synthetic recipe; its vocabulary and context are CLIP's.
 SMALL_CLIP = {
@@ -47,9 +47,8 @@ def configuration(backbone: str) -> Mapping:
 
 def new_clip(config: Mapping, image_size: tuple[int, int], stride: int) -> CLIP:
     """An open_clip CLIP with random weights for images of that height and width; patches overlap if stride < patch."""
-    (height, width), patch = image_size, config["vision_cfg"]["patch_size"]
-    if not stride <= patch <= min(height, width):
-        raise ValueError(f"stride {stride}, patch {patch}, image {height}×{width}: accepted is stride ≤ patch ≤ image")
+    patch = config["vision_cfg"]["patch_size"]
+    check_patches(image_size, patch, stride)
     vision = config["vision_cfg"] | {"image_size": tuple(image_size)}
     clip = CLIP(config["embed_dim"], vision, config["text_cfg"], quick_gelu=config.get("quick_gelu", False))
     visual = clip.visual

@@ -15,10 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from irra_core.adapters import merged
 from irra_core.backbone import CHECKSUM, checksum, fill, learned, new_clip, patch_grid, read_weights
 from irra_core.interaction import CrossEncoder
 from irra_core.model import IRRA, build_model, seeded
-from irra_core.recipes import Recipe, read_recipe
+from irra_core.recipes import PLAIN, Recipe, read_recipe
 
 FORMAT = "irra-core checkpoint 1"
 
@@ -35,9 +36,9 @@ _INTERACTION = ("cross_attn.", "cross_modal_transformer.", "ln_pre_t.", "ln_pre_
 
 
 def save_checkpoint(model: IRRA, recipe: Recipe, path: str | Path) -> None:
-    """Write the model's weights and its recipe to a safetensors file, complete or not at all."""
+    """Write the model's weights, adapters merged, and its recipe to a safetensors file, complete or not at all."""
     num_ids = model.classifier.out_features if model.classifier is not None else 0
-    save_tensors(model.state_dict(), path, {"format": FORMAT, "recipe": recipe.to_json(), "num_ids": str(num_ids)})
+    save_tensors(merged(model), path, {"format": FORMAT, "recipe": recipe.to_json(), "num_ids": str(num_ids)})
 
 
 def load_checkpoint(path: str | Path) -> tuple[IRRA, Recipe]:
@@ -51,7 +52,7 @@ def load_checkpoint(path: str | Path) -> tuple[IRRA, Recipe]:
         raise ValueError(
             f"{path} does not say what model it holds ({error}): read it with the version of this library that wrote it"
         ) from error
-    model = build_model(recipe.replace(pretrained="none", pretrained_towers="both"), num_ids)
+    model = build_model(recipe.replace(**PLAIN), num_ids)
     fill(learned(model.state_dict()), learned(tensors), str(path))
     return model, recipe
 
@@ -165,7 +166,7 @@ def save_official(model: IRRA, path: str | Path) -> None:
         raise ValueError("the released code computes QuickGELU, this model GELU: only -quickgelu backbones fit")
     if not all(block.attn.head_dim == 64 for block in blocks):
         raise ValueError("the released code takes heads of width 64, this model has others")
-    state = {released_name(name): value for name, value in learned(model.state_dict()).items()}
+    state = {released_name(name): value for name, value in learned(merged(model)).items()}
     with replaced(path) as aside:
         torch.save({"model": state}, aside)
 

@@ -4,7 +4,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from irra_core.adapters import limit_learning
 from irra_core.backbone import WEIGHT_SUFFIXES, configuration, download, load_clip_weights, new_clip
 from irra_core.images import cache_root
 from irra_core.interaction import build_interaction, norm, run_block
@@ -92,9 +93,15 @@ class IRRA(nn.Module):
             text, words = self._caption_and_masked_words(tokens, masked_tokens)
             found = Features(_full(patches[:, 0]), text)
             found.word_logits, found.word_labels = self._masked_words(words, patches, masked_tokens, labels)
-        if self.classifier is not None:
-            found.image_logits, found.text_logits = self._identities(found.image), self._identities(found.text)
-        return found
+        return self.classified(found)
+
+    def classified(self, features: Features) -> Features:
+        """The features with the identity scores of their image and text; as they are without a classifier."""
+        if self.classifier is None:
+            return features
+        return replace(
+            features, image_logits=self._identities(features.image), text_logits=self._identities(features.text)
+        )
 
     def encode_image(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
         """Global image features: the projected class token, not normalised."""
@@ -165,7 +172,7 @@ class IRRA(nn.Module):
     ) -> tuple[Float[Tensor, "masked vocabulary"], Int[Tensor, " masked"]]:
         """Word scores at the masked positions, row by row, and the words that stood there."""
         masked = labels != 0
-        most = max(int(masked.sum(1).max()), 1)
+        most = max([1, *masked.sum(1).tolist()])  # a process may have no pairs in an epoch's last batch
         at = masked.int().argsort(dim=1, descending=True, stable=True)[:, :most]
         wanted = masked.gather(1, at)
         states = self.interaction(words, patches, self._real(masked_tokens), at)
@@ -241,7 +248,8 @@ def _mlm_head(width: int, vocabulary: int, depth: int) -> nn.Sequential:
 def build_model(recipe: Recipe, num_ids: int, weights: Path | None = None) -> IRRA:
     """The model of a recipe, on the CPU: pretrained CLIP weights, new parts drawn from `recipe.seed`.
 
-    With `pretrained_towers` image or text the other encoder keeps its random weights.
+    With `pretrained_towers` image or text the other encoder keeps its random weights. What `frozen` and `adapter_rank`
+    keep from learning has requires_grad False.
 
     `weights` is the file that pretrained `general` stands for, by default the cached one that training makes. The
     global random state is left alone. Raises ValueError for a backbone, tag or file that does not fit,
@@ -262,6 +270,8 @@ def build_model(recipe: Recipe, num_ids: int, weights: Path | None = None) -> IR
         drawn = {name: value.clone() for name, value in clip.state_dict().items()}
         load_clip_weights(clip, file)
         clip.load_state_dict({**clip.state_dict(), **_random_tower(drawn, recipe.pretrained_towers)})
+    with seeded(recipe.seed):
+        limit_learning(clip, recipe.frozen, recipe.adapter_rank)
     return model
 
 
@@ -281,7 +291,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 def general_weights(recipe: Recipe) -> Path:
     """Where the small CLIP pretrained by that recipe is kept, made or not; other renderings have other weights."""
-    key = hashlib.sha256(f"{recipe.to_json()} {RENDERING}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{recipe.key()} {RENDERING}".encode()).hexdigest()[:16]
     return cache_root() / "general" / f"{key}.safetensors"
 
 

@@ -23,6 +23,10 @@ USED_BY = {  # fields that only some losses read: changed without them, they wou
     "temperature": ("sdm", "itc"),
     "cmpm_target": ("cmpm",),
 }
+# Fields younger than the first runs, at the values that leave a run as it was without them: what is kept of a run or
+# of weights made before such a field existed stays valid.
+NEUTRAL = {"frozen": "none", "adapter_rank": 0, "micro_batch": None}
+PLAIN = {"pretrained": "none", "pretrained_towers": "both"} | NEUTRAL  # a model of random weights that all learn
 DOMAINS = ("street", "night", "campus", "general")
 SMOKE_IDENTITIES, SMOKE_STEPS = 24, 3  # what IRRA_SMOKE=1 leaves of a run
 
@@ -58,9 +62,17 @@ class Recipe:
     pretrained_towers: str = _number(
         "both", "paper; the other encoder keeps its random weights", ("both", "image", "text")
     )
+    frozen: str = _number(
+        "none",
+        "encoders that keep their first weights; the paper trains all",
+        ("none", "image", "text", "both"),
+    )
+    adapter_rank: int = _number(
+        0, "0: none, as the paper; else the encoders learn nothing but changes of this rank to their matrices", least=0
+    )
     image_height: int = _number(384, "paper, pixels", least=8)
     image_width: int = _number(128, "paper, pixels", least=8)
-    stride: int = _number(16, "paper: the patch size; smaller strides overlap, pixels", least=1)
+    stride: int = _number(16, "paper: the patch size, as for every backbone; smaller strides overlap, pixels", least=1)
     losses: str = _number("sdm+id+mlm", f"paper; joined by plus signs from {', '.join(LOSS_NAMES)}")
     interaction: str = _number("cross", "paper: one cross-attention, then blocks", ("cross", "co", "merged"))
     interaction_depth: int = _number(4, "paper: transformer blocks", least=1)
@@ -75,6 +87,9 @@ class Recipe:
     epochs: int = _number(60, "paper; an epoch is every caption once", least=1)
     max_steps: int | None = _number(None, "none: all epochs; else stop after so many steps", least=1)
     batch_size: int = _number(64, "released run_irra.sh, over all processes", least=2)
+    micro_batch: int | None = _number(
+        None, "none: the whole batch; else so many pairs in memory at once (GradCache), the same gradients", least=1
+    )
     lr: float = _number(1e-5, "paper: pretrained weights move slowly", least=0.0)
     new_lr_factor: float = _number(5.0, "paper: parts without pretrained weights learn at 5e-5", least=0.0)
     bias_lr_factor: float = _number(2.0, "released: biases learn twice as fast", least=0.0)
@@ -93,7 +108,9 @@ class Recipe:
         for item in fields(self):
             object.__setattr__(self, item.name, _checked(item, getattr(self, item.name)))
         _check_backbone(self)
+        check_patches((self.image_height, self.image_width), patch_size(self.backbone), self.stride)
         _check_losses(self)
+        _check_trained(self)
 
     @property
     def loss_names(self) -> tuple[str, ...]:
@@ -103,6 +120,11 @@ class Recipe:
     def to_json(self) -> str:
         """The recipe as indented JSON; `Recipe(**json.loads(text))` reads it back."""
         return json.dumps(dataclasses.asdict(self), indent=2)
+
+    def key(self) -> str:
+        """What tells weights of one recipe from another's: the JSON, a younger field only where it changes a run."""
+        values = dataclasses.asdict(self)
+        return json.dumps({n: v for n, v in values.items() if n not in NEUTRAL or v != NEUTRAL[n]}, indent=2)
 
     def replace(self, **changes: Any) -> "Recipe":
         """The same recipe with some fields changed."""
@@ -217,6 +239,17 @@ def pretraining() -> Recipe:
     return recipe("synthetic-general", pretrained="none", **chosen)
 
 
+def check_processes(processes: int | None, chosen: Recipe) -> int:
+    """So many processes, 1 for None. Raises ValueError unless each can have a pair of the recipe's batches."""
+    count = 1 if processes is None else processes
+    if not 1 <= count <= chosen.batch_size:
+        raise ValueError(
+            f"processes is {processes}: accepted is from 1 to the batch size, {chosen.batch_size} pairs, which are "
+            "shared out among them"
+        )
+    return count
+
+
 def smoke() -> bool:
     """True when IRRA_SMOKE=1 asks for the shrunken runs of the tests."""
     return os.environ.get("IRRA_SMOKE", "0") not in ("", "0")
@@ -286,14 +319,29 @@ def _check_annotation(name: str, annotation: str, value: Any) -> None:
 
 
 def _layers(dataset: str, backbone: str, pretrained: str | None, preset: str) -> list[tuple[str, dict[str, Any]]]:
-    """What changes the defaults, first to last: the data set, the little CLIP, the preset."""
+    """What changes the defaults, first to last: the data set, the backbone, the preset."""
     named = {"dataset": dataset, "backbone": backbone, "preset": preset}
     layers = [(f"recipe {dataset}", RECIPES.get(dataset, {}) | named)]
     if backbone == "small":
         layers.append(("small CLIP", SMALL))
         if pretrained == "none":
             layers.append(("small CLIP from scratch", SMALL_FROM_SCRATCH))
+    elif (patch := patch_size(backbone)) not in (None, 16):
+        layers.append((f"patch of {backbone}", _whole_patches(patch)))
     return [*layers, (f"preset {preset}", PRESETS[preset])]
+
+
+def patch_size(backbone: str) -> int | None:
+    """Side of a backbone's patches in pixels; None for a name that is unknown or cannot be used."""
+    if backbone == "small":
+        return SMALL["stride"]
+    config = _open_clip_models().get(backbone)
+    return config["vision_cfg"].get("patch_size", 16) if config and not unsuited(config) else None
+
+
+def _whole_patches(patch: int) -> dict[str, int]:
+    """The paper's image cut to whole patches side by side: 378×126 for patches of 14, as 384×128 would lose 6 rows."""
+    return {"image_height": 384 // patch * patch, "image_width": 128 // patch * patch, "stride": patch}
 
 
 def _resolve(dataset: str, backbone: str, pretrained: str | None, preset: str) -> dict[str, Any]:
@@ -357,6 +405,12 @@ def backbones() -> list[str]:
     return ["small", *sorted(name for name, config in _open_clip_models().items() if not unsuited(config))]
 
 
+# The options of open_clip's two encoders that the forward pass follows; every other one would be ignored in silence.
+FOLLOWED = {"layers", "width", "mlp_ratio", "ls_init_value", "act_kwargs", "norm_kwargs"}
+FOLLOWED_VISION = FOLLOWED | {"image_size", "patch_size", "head_width"}
+FOLLOWED_TEXT = FOLLOWED | {"context_length", "vocab_size", "heads"}
+
+
 def unsuited(config: Mapping[str, Any]) -> str | None:
     """Why IRRA cannot use an open_clip configuration, or None: it takes CLIP's vision transformer and text encoder."""
     vision, text = config["vision_cfg"], config["text_cfg"]
@@ -367,6 +421,10 @@ def unsuited(config: Mapping[str, Any]) -> str | None:
         return "its text encoder is not CLIP's (77 tokens of 49,408, causal, end token)"
     if "multimodal_cfg" in config or vision.get("pool_type", "tok") != "tok" or vision.get("attentional_pool"):
         return "its global image feature is not a class token"
+    ignored = [name for name in vision if vision[name] and name not in FOLLOWED_VISION | {"pool_type"}]
+    ignored += [name for name in text if text[name] and name not in FOLLOWED_TEXT | {"pool_type"}]
+    if ignored:
+        return f"the forward pass does not follow its options {', '.join(ignored)}"
     return None
 
 
@@ -398,6 +456,29 @@ def _check_backbone(recipe: Recipe) -> None:
         raise ValueError(
             "pretrained 'general' is the small CLIP's: give an open_clip tag (openai), a file or none "
             f"to backbone {recipe.backbone!r}"
+        )
+
+
+def check_patches(image_size: tuple[int, int], patch: int, stride: int) -> None:
+    """Raise ValueError for patches larger than the image, and for a stride that would skip pixels between them."""
+    height, width = image_size
+    if not stride <= patch <= min(height, width):
+        raise ValueError(f"stride {stride}, patch {patch}, image {height}×{width}: accepted is stride ≤ patch ≤ image")
+
+
+def _check_trained(recipe: Recipe) -> None:
+    """Refuse a recipe in which nothing learns, and adapters without a place."""
+    if recipe.frozen != "both":
+        return
+    if recipe.adapter_rank:
+        raise ValueError(
+            f"adapter_rank {recipe.adapter_rank} has no effect with frozen 'both': adapters go into the encoders that "
+            "are not frozen. Leave adapter_rank at 0, or freeze one encoder (image or text) or none"
+        )
+    if not {"id", "cmpc", "mlm"} & set(recipe.loss_names):
+        raise ValueError(
+            f"frozen 'both' leaves losses {recipe.losses!r} nothing to train: freeze one encoder (image or text) or "
+            "none, or add id or mlm, which have weights of their own"
         )
 
 

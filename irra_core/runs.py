@@ -21,12 +21,13 @@ from irra_core.annotations import photo_table, table_digest
 from irra_core.checkpoints import replaced
 from irra_core.evaluation import METRICS, readable, scores_table
 from irra_core.images import image_array
-from irra_core.recipes import RECIPES, Recipe, own_file, project_root, read_recipe, smoke
+from irra_core.recipes import NEUTRAL, RECIPES, Recipe, own_file, project_root, read_recipe, smoke
 
 FORMAT = 1  # of what a run folder keeps; a run with another is made again
 WEIGHTS, STATE, STATE_BEFORE = "weights.safetensors", "state.safetensors", "state.previous.safetensors"
 FAILED, FAILED_BATCH = "failed.safetensors", "failed-batch.safetensors"  # before the step whose loss was no number
 UNREADABLE = "unreadable.csv"  # photos that were left out, with the reasons
+TABLE = "annotations.parquet"  # for the processes of torchrun, until the run is finished
 LOCK = ".lock"
 
 
@@ -103,7 +104,7 @@ def differences(path: Path, recipe: Recipe, data: str) -> list[str]:
         kept = json.loads(file.read_text())
         if kept["format"] != FORMAT:
             return [f"its format is {kept['format']}, this version writes {FORMAT}"]
-        theirs, ours = kept["recipe"], json.loads(recipe.to_json())
+        theirs, ours = NEUTRAL | kept["recipe"], json.loads(recipe.to_json())
     except (ValueError, KeyError, TypeError) as error:
         return [f"its recipe.json cannot be read ({error})"]
     names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
@@ -251,6 +252,19 @@ def published() -> DataFrame:
     """The published results, ablations and transfer figures, each row with its source (published.csv)."""
     with importlib.resources.files("irra_core").joinpath("published.csv").open(encoding="utf-8") as file:
         return pd.read_csv(file)
+
+
+def write_table(folder: Path, annotations: DataFrame) -> None:
+    """Keep the table that a run learns from in its folder, for processes that are started there."""
+    with replaced(Path(folder) / TABLE) as aside:
+        annotations.to_parquet(aside)
+
+
+def read_table(folder: Path) -> DataFrame:
+    """The table that `write_table` kept. Raises FileNotFoundError where there is none."""
+    if not (file := Path(folder) / TABLE).is_file():
+        raise FileNotFoundError(f"{file} is not there: irra_core.training.prepare_run(recipe, annotations) writes it")
+    return pd.read_parquet(file)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -239,7 +239,8 @@ def _seconds_a_step(run: Mapping[str, Any]) -> float:
 
 def _alike(made: Recipe) -> tuple:
     """What a step's time depends on."""
-    names = ("backbone", "image_height", "image_width", "stride", "losses", "interaction", "batch_size", "precision")
+    names = ("backbone", "image_height", "image_width", "stride", "frozen", "adapter_rank", "losses", "interaction")
+    names += ("batch_size", "precision")
     return tuple(getattr(made, name) for name in names)
 
 

@@ -233,8 +233,8 @@ def mark_latest(path: Path) -> None:
 def summary(path: str | Path) -> str:
     """The test scores of a run folder in a few lines, and what lies in it."""
     path = Path(path).resolve()
-    metrics = load_run(path)["metrics"]
-    lines = []
+    run = load_run(path)
+    metrics, lines = run["metrics"], []
     for name in ("text_to_image", "pretrained", "untrained"):
         if name in metrics:
             shown = [
@@ -245,7 +245,18 @@ def summary(path: str | Path) -> str:
         lines.append(f"{'ceiling':>14}: R1 {metrics['ceiling_R1']:.1f} (the best that the captions allow)")
     marked = " (weights selected on test: not comparable)" if metrics["selected"]["on"] == "test" else ""
     head = f"test, per cent with 95 % intervals{marked}" if lines else "no test split: nothing was scored"
-    return "\n".join([head, *lines, f"    run folder: {path}"])
+    return "\n".join([head, *lines, *_size(run["machine"] or {}), f"    run folder: {path}"])
+
+
+def _size(machine: Mapping[str, Any]) -> list[str]:
+    """A line on how much of the model was trained, and in how much memory; none for a run that did not record it."""
+    if "trainable_parameters" not in machine:
+        return []
+    trained, total = (machine[name] / 1e6 for name in ("trainable_parameters", "parameters"))
+    memory = f"peak memory {machine['peak_memory_bytes'] / 1e9:.2f} GB"
+    if machine["peak_gpu_memory_bytes"] is not None:
+        memory += f", of the GPU {machine['peak_gpu_memory_bytes'] / 1e9:.2f} GB"
+    return [f"{'trained':>14}: {trained:.2f} M of {total:.2f} M parameters, {memory}"]
 
 
 def published() -> DataFrame:

@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import irra_core as irra
-from irra_core import backbone
+from irra_core import backbone, model
 from irra_core.backbone import configuration, load_clip_weights, new_clip, resize_positions
+from irra_core.recipes import backbones, unsuited
 
 REFERENCE = np.load(Path(__file__).parent / "reference" / "irra_reference.npz")
 TINY = {
@@ -298,3 +299,115 @@ def test_backbones_by_name_have_the_size_that_open_clip_gives_them(name, grid, w
     assert clip.visual.grid_size == grid
     assert clip.text_projection.shape[1] == width
     assert sum(p.numel() for p in clip.parameters()) == pytest.approx(parameters, rel=0.01)
+
+
+def shallow(name: str) -> dict:
+    """A backbone's configuration with its widths, heads and options, of one block an encoder."""
+    config = configuration(name)
+    return {
+        **config,
+        "vision_cfg": config["vision_cfg"] | {"layers": 1},
+        "text_cfg": config["text_cfg"] | {"layers": 1},
+    }
+
+
+@pytest.fixture
+def one_block(monkeypatch):
+    """Backbones by name, each cut to one block an encoder."""
+    monkeypatch.setattr(model, "configuration", shallow)
+
+
+REAL = {  # patch 14 to 32, GELU and QuickGELU, heads of 64 to 104, feed-forwards of 4 to 4.9 widths, LayerScale
+    "ViT-B-32": (512, 224),
+    "ViT-L-14": (768, 224),
+    "ViT-L-14-336-quickgelu": (768, 336),
+    "ViT-H-14": (1024, 224),
+    "ViT-bigG-14": (1280, 224),
+    "ViT-M-16-alt": (384, 224),
+    "ViT-B-16-plus-240": (640, 240),
+}
+SENTENCES = F.pad(torch.tensor([[49406, 320, 1125, 539, 49407], [49406, 2533, 49407, 0, 0]]), (0, 72))
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_real_backbones_features_are_open_clips_own_at_its_own_size(name, one_block):
+    width, side = REAL[name]
+    patch = configuration(name)["vision_cfg"]["patch_size"]
+    size = {"image_height": side, "image_width": side, "stride": patch}
+    ours = irra.build_model(irra.recipe("rstp", backbone=name, pretrained="none", losses="sdm", **size), 3)
+    config = shallow(name)
+    theirs = open_clip.model.CLIP(
+        config["embed_dim"], config["vision_cfg"], config["text_cfg"], quick_gelu=config.get("quick_gelu", False)
+    )
+    theirs.load_state_dict(ours.clip.state_dict())
+    pictures = images(side, side)
+    with torch.no_grad():
+        found = ours.encode_image(pictures), ours.encode_text(SENTENCES)
+        expected = theirs.encode_image(pictures), theirs.encode_text(SENTENCES)
+    assert found[0].shape == found[1].shape == (2, width)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["ViT-L-14", "ViT-H-14", "ViT-M-16-alt"])
+def test_every_weight_of_a_real_backbone_and_of_what_follows_it_learns_on_a_tall_photo(name, one_block):
+    recipe = irra.recipe("rstp", backbone=name, pretrained="none", interaction_depth=1)
+    whole = irra.build_model(recipe, 3)
+    assert whole.image_size == (recipe.image_height, recipe.image_width)
+    labels = torch.where(SENTENCES == 1125, SENTENCES, 0)
+    found = whole(images(*whole.image_size), SENTENCES, SENTENCES.masked_fill(labels != 0, 49405), labels)
+    parts = irra.losses.total_loss(found, torch.tensor([0, 1]), recipe)
+    sum(parts.values()).backward()
+    assert whole.interaction.attention.num_heads == whole.interaction.attention.embed_dim // 64
+    for name, parameter in whole.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+@pytest.mark.parametrize(("name", "grid"), [("ViT-L-14", (7, 5)), ("ViT-B-32", (4, 3))])
+def test_a_stride_of_half_a_real_patch_sees_the_crops_that_far_apart(name, grid, one_block):
+    patch = configuration(name)["vision_cfg"]["patch_size"]
+    step = patch // 2
+    height, width = (patch + step * (count - 1) for count in grid)
+    sizes = {"image_height": height, "image_width": width, "stride": step}
+    recipe = irra.recipe("rstp", backbone=name, pretrained="none", losses="sdm", **sizes)
+    overlapping, pictures = irra.build_model(recipe, 3), images(height, width)
+    assert overlapping.grid == grid
+    crops = pictures.unfold(2, patch, step).unfold(3, patch, step)  # the same patches laid side by side
+    apart = crops.permute(0, 1, 2, 4, 3, 5).flatten(2, 3).flatten(3, 4)
+    plain = irra.build_model(recipe.replace(image_height=apart.shape[2], image_width=apart.shape[3], stride=patch), 3)
+    plain.load_state_dict(overlapping.state_dict())
+    with torch.no_grad():
+        found, expected = overlapping.encode_image(pictures), plain.encode_image(apart)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_every_accepted_backbone_encodes_photos_and_sentences_with_its_own_recipe(one_block):
+    for name in backbones():
+        recipe = irra.recipe("rstp", backbone=name, pretrained="none", interaction_depth=1)
+        with torch.device("meta"):
+            whole = irra.build_model(recipe, 3)
+            shown = whole.image_tokens(torch.zeros(2, 3, *whole.image_size))
+            read = whole.text_tokens(torch.zeros(2, 9, dtype=torch.long))
+        width = configuration(name)["embed_dim"]
+        assert (shown.shape, read.shape) == ((2, 1 + whole.grid[0] * whole.grid[1], width), (2, 9, width)), name
+        assert whole.grid[0] == 3 * whole.grid[1], name
+
+
+@pytest.mark.parametrize(
+    ("side", "option"),
+    [
+        ("vision_cfg", {"patch_dropout": 0.5}),
+        ("vision_cfg", {"no_ln_pre": True}),
+        ("vision_cfg", {"pos_embed_type": "sin_cos_2d"}),
+        ("vision_cfg", {"qk_norm": True}),
+        ("text_cfg", {"no_causal_mask": True}),
+        ("text_cfg", {"proj_bias": True}),
+        ("text_cfg", {"embed_cls": True}),
+    ],
+)
+def test_an_option_of_open_clip_that_the_forward_pass_would_ignore_is_refused(side, option):
+    config = configuration("ViT-B-16")
+    assert unsuited(config) is None
+    (name,) = option
+    assert f"does not follow its options {name}" in unsuited({**config, side: config[side] | option})
+    assert unsuited({**config, side: config[side] | {name: False}}) is None

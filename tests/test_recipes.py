@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 import irra_core as irra
-from irra_core.recipes import LOSS_NAMES, PRESETS, RECIPES, Recipe, backbones, read_recipe
+from irra_core.recipes import LOSS_NAMES, NEUTRAL, PRESETS, RECIPES, Recipe, backbones, read_recipe
 
 
 def test_the_cuhk_recipe_carries_the_papers_numbers():
@@ -44,6 +44,26 @@ def test_an_override_beats_preset_backbone_and_data_set():
 def test_none_means_what_the_recipe_says_and_zero_is_a_value():
     assert irra.recipe("cuhk", epochs=None, warmup_epochs=0).epochs == 60
     assert irra.recipe("cuhk", warmup_epochs=0).warmup_epochs == 0
+
+
+@pytest.mark.parametrize(
+    ("backbone", "size"),
+    [("ViT-B-16", (384, 128, 16)), ("ViT-B-32", (384, 128, 32)), ("ViT-L-14", (378, 126, 14)), ("small", (96, 32, 8))],
+)
+def test_a_backbones_patches_lie_side_by_side_and_fill_the_image_unless_told_otherwise(backbone, size):
+    made = irra.recipe("rstp", backbone=backbone)
+    assert (made.image_height, made.image_width, made.stride) == size
+    assert made.image_height % made.stride == made.image_width % made.stride == 0
+    assert made.differences() == ({} if backbone == "ViT-B-16-quickgelu" else {"backbone": backbone})
+    overlapping = irra.recipe("rstp", backbone=backbone, stride=7, image_height=224, image_width=112)
+    assert (overlapping.stride, overlapping.sources()["stride"]) == (7, "given")
+
+
+def test_a_recipe_that_leaves_the_younger_fields_alone_has_the_key_of_one_without_them():
+    values = json.loads(irra.recipe("cuhk").to_json())
+    assert irra.recipe("cuhk").key() == json.dumps({n: v for n, v in values.items() if n not in NEUTRAL}, indent=2)
+    for name, value in (("frozen", "text"), ("adapter_rank", 2)):
+        assert set(json.loads(irra.recipe("cuhk", **{name: value}).key())) == set(values) - set(NEUTRAL) | {name}
 
 
 def test_differences_name_what_was_asked_for_and_not_what_follows_from_it():
@@ -84,6 +104,17 @@ def test_a_recipe_survives_json():
             ["'text' has no effect", "pretrained 'none'"],
         ),
         ({"pretrained_towers": "txet"}, ValueError, ["did you mean 'text'?"]),
+        ({"frozen": "imge"}, ValueError, ["frozen 'imge'", "did you mean 'image'?"]),
+        ({"frozen": "both", "losses": "sdm"}, ValueError, ["frozen 'both'", "nothing to train", "add id or mlm"]),
+        ({"frozen": "both", "adapter_rank": 4}, ValueError, ["adapter_rank 4 has no effect", "frozen 'both'"]),
+        ({"adapter_rank": -1}, ValueError, ["'adapter_rank'", "at least 0"]),
+        ({"stride": 9}, ValueError, ["stride 9, patch 8, image 96×32", "stride ≤ patch ≤ image"]),
+        (
+            {"dataset": "rstp", "backbone": "ViT-L-14", "stride": 16},
+            ValueError,
+            ["stride 16, patch 14, image 378×126", "stride ≤ patch"],
+        ),
+        ({"backbone": "ViT-B-32", "pretrained": "none", "image_width": 24}, ValueError, ["patch 32, image 384×24"]),
         ({"pretrained": "openai"}, ValueError, ["'openai'", "general", "none"]),
         ({"interaction": "crss"}, ValueError, ["did you mean 'cross'?"]),
         ({"select_on": "tset"}, ValueError, ["did you mean 'test'?"]),

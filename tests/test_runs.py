@@ -7,6 +7,7 @@ import pytest
 
 import irra_core as irra
 from irra_core import runs
+from irra_core.recipes import NEUTRAL
 
 
 def test_the_name_says_what_differs_and_never_the_time():
@@ -64,6 +65,20 @@ def test_a_folder_with_another_run_is_passed_over_and_the_difference_named(tmp_p
     assert "cannot be read" in runs.differences(first.path, recipe, "data")[0]
     with pytest.raises(ValueError, match="holds another run"):
         runs.begin(first.path, recipe, "data")
+
+
+def test_a_run_recorded_before_a_field_existed_is_still_this_run_while_the_field_changes_nothing(tmp_path):
+    recipe = irra.recipe("cuhk")
+    runs.begin(tmp_path / "run", recipe, "data")
+    kept = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    for name in NEUTRAL:
+        del kept["recipe"][name]
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(kept))
+    assert runs.differences(tmp_path / "run", recipe, "data") == []
+    assert runs.differences(tmp_path / "run", recipe.replace(adapter_rank=4), "data") == [
+        "its adapter_rank is 0, now 4"
+    ]
+    assert runs.load_run(tmp_path / "run")["recipe"] == recipe
 
 
 def test_the_data_digest_changes_with_a_caption_and_with_a_pixel(annotations):

@@ -325,14 +325,14 @@ def leave_out_unreadable(annotations: DataFrame, recipe: Recipe, progress: Calla
 
     They are named in a warning and in `attrs["unreadable"]` (a path and a reason each), from which a run takes its
     unreadable.csv and its count. Raises UnreadableImages for more than MOST_UNREADABLE of the photos: then something
-    else is wrong, such as a disk that is not there.
+    else is wrong, such as a disk that is not there; with the recipe's `unreadable="stop"` for a single one.
     """
     photos = photo_table(annotations)
     try:
         image_array(list(photos.path), recipe.image_height, recipe.image_width, progress)
         return annotations
     except UnreadableImages as error:
-        if len(error.files) > MOST_UNREADABLE * len(photos):
+        if recipe.unreadable == "stop" or len(error.files) > MOST_UNREADABLE * len(photos):
             raise
         unreadable = error
     bad = annotations.path.map(os.path.abspath).isin(unreadable.files)

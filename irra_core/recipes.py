@@ -25,7 +25,7 @@ USED_BY = {  # fields that only some losses read: changed without them, they wou
 }
 # Fields younger than the first runs, at the values that leave a run as it was without them: what is kept of a run or
 # of weights made before such a field existed stays valid.
-NEUTRAL = {"frozen": "none", "adapter_rank": 0, "micro_batch": None}
+NEUTRAL = {"frozen": "none", "adapter_rank": 0, "micro_batch": None, "unreadable": "leave_out"}
 PLAIN = {"pretrained": "none", "pretrained_towers": "both"} | NEUTRAL  # a model of random weights that all learn
 DOMAINS = ("street", "night", "campus", "general")
 SMOKE_IDENTITIES, SMOKE_STEPS = 24, 3  # what IRRA_SMOKE=1 leaves of a run
@@ -102,6 +102,11 @@ class Recipe:
     evaluate_every: int | None = _number(None, "none: once an epoch; else steps between evaluations", least=1)
     select_on: str = _number("val", "the released code picks its best epoch on test", ("val", "last", "test"))
     precision: str = _number("auto", "auto: bf16 where the device has it, else fp32", ("auto", "fp32", "bf16", "fp16"))
+    unreadable: str = _number(
+        "leave_out",
+        "leave_out: up to 1 photo in 100 that cannot be read; stop: the run at the first",
+        ("leave_out", "stop"),
+    )
     seed: int = _number(0, "data order, masks, augmentation, new weights", least=0, most=2**31 - 1)
 
     def __post_init__(self):

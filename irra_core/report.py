@@ -6,7 +6,7 @@ import importlib.resources
 import io
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -53,7 +53,8 @@ def write_report(root: str | Path | None = None) -> Path:
 
 def page(base: Path) -> str:
     """The whole page as text."""
-    shown = entries(base)
+    table = runs.collect(base)
+    shown = entries(table, base)
     names = list(dict.fromkeys(entry.dataset for entry in shown))
     only = sorted(set(runs.published().query("table == 'results'").dataset) - set(names))
     folders = _studies(base)
@@ -61,6 +62,7 @@ def page(base: Path) -> str:
     sections = [(f"data-{name}", name, _dataset(name, [e for e in shown if e.dataset == name], base)) for name in names]
     sections += [("studies", "Studies", "".join(_study(folder, base) for folder in folders))] if folders else []
     sections += [("notebooks", "Executed notebooks", notebooks)] if notebooks else []
+    sections += [("broken", "Left out", _broken(table.attrs["broken"]))] if table.attrs["broken"] else []
     sections += [(f"data-{name}", name, _dataset(name, [], base)) for name in only]
     count = sum(len(entry.folders) for entry in shown)
     style = importlib.resources.files("irra_core").joinpath("report.css").read_text(encoding="utf-8")
@@ -80,9 +82,8 @@ show that the method works, not how well it does on real people.</footer>
 """
 
 
-def entries(base: Path) -> list[Entry]:
-    """The leaderboard's lines, the best R@1 first; runs that differ in nothing but the seed share one."""
-    table = runs.collect(base)
+def entries(table: DataFrame, base: Path) -> list[Entry]:
+    """The leaderboard's lines from the table of all runs, the best R@1 first; only the seed differs within a line."""
     groups: dict[tuple, list[tuple[Path, dict[str, Any]]]] = {}
     for path in map(Path, table.path if len(table) else ()):
         place = path.relative_to(base).parts
@@ -310,6 +311,12 @@ def _other_notebooks(base: Path, known: Iterable[Path]) -> str:
         if not hidden and file.parent not in known and place.parts[0] != "smoke" and place.name != "index.html":
             links.append(f"<li>{_link(file, base, str(place))}</li>")
     return f'<div class="card"><ul>{"".join(links)}</ul></div>' if links else ""
+
+
+def _broken(reasons: Mapping[str, str]) -> str:
+    """The run folders that cannot be read, with the reasons."""
+    listed = "".join(f"<li>{_text(reason)}</li>" for reason in reasons.values())
+    return f'<div class="card"><p>These folders hold no run that can be read.</p><ul>{listed}</ul></div>'
 
 
 def _html(table: DataFrame, index: bool = False) -> str:

@@ -1,5 +1,6 @@
 """Run folders: their names, what they keep, when one is finished, and many of them collected into one table."""
 
+import errno
 import fcntl
 import hashlib
 import importlib.resources
@@ -8,7 +9,8 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -128,15 +130,15 @@ def begin(path: Path, recipe: Recipe, data: str) -> None:
 
 
 @contextmanager
-def locked(path: Path, wait: bool = False) -> Iterator[None]:
+def locked(path: Path, wait: bool = False, progress=None) -> Iterator[None]:
     """This process alone may write to a run folder; the lock goes with the process, however that ends.
 
-    What a killed process left half written is cleared away. Waits for the process that is there, or, without `wait`,
-    raises RuntimeError naming it.
+    What a killed process left half written is cleared away. Waits for the process that is there, which a bar of the
+    tqdm-like class `progress` names, or, without `wait`, raises RuntimeError naming it.
     """
     path.mkdir(parents=True, exist_ok=True)
     file = path / LOCK
-    with _lock(file, wait) as opened:
+    with _lock(file, wait, progress) as opened:
         opened.truncate(0)
         opened.write(f"process {os.getpid()} on {platform.node()}")
         opened.flush()
@@ -148,22 +150,43 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
             file.unlink(missing_ok=True)
 
 
-def _lock(file: Path, wait: bool) -> TextIO:
+def _lock(file: Path, wait: bool, progress) -> TextIO:
     """The open lock file, locked until it is closed or this process dies."""
     while True:
         opened = file.open("a+", encoding="utf-8")
         try:
-            fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            try:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _wait(opened, file, wait, progress)
             if file.exists() and os.path.samestat(os.fstat(opened.fileno()), file.stat()):
                 return opened  # else the one before us has just finished and taken its file away
-        except BlockingIOError:
-            opened.seek(0)
-            holder = opened.read() or "another process"
+        except BaseException:
             opened.close()
-            own = f"process {os.getpid()} on {platform.node()}" == holder
-            remedy = "that is this one: restart the kernel" if own else "wait for it, or end it"
-            raise RuntimeError(f"{file.parent} is being trained by {holder}: {remedy}") from None
+            raise
         opened.close()
+
+
+def _wait(opened: TextIO, file: Path, wait: bool, progress) -> None:
+    """Wait until the process that has locked a run folder has ended; RuntimeError without `wait`, or if it is this."""
+    opened.seek(0)
+    holder = opened.read() or "another process"
+    own = f"process {os.getpid()} on {platform.node()}" == holder
+    if own or not wait:
+        remedy = "that is this one: restart the kernel" if own else "wait for it, or end it"
+        raise RuntimeError(f"{file.parent} is being trained by {holder}: {remedy}")
+    bar = (
+        progress(total=1, unit="run", desc=f"{file.parent.name} is being trained by {holder}: waiting")
+        if progress
+        else None
+    )
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        if bar:
+            bar.update(1)
+    finally:
+        if bar:
+            bar.close()
 
 
 def finished(path: str | Path) -> bool:
@@ -172,30 +195,62 @@ def finished(path: str | Path) -> bool:
 
 
 def load_run(path: str | Path) -> dict[str, Any]:
-    """What a run folder keeps: recipe, history, metrics, machine and queries (None where a file is absent)."""
+    """What a run folder keeps: recipe, history, metrics, machine and queries (None where a file is absent).
+
+    Raises ValueError naming a file that cannot be read.
+    """
     path = Path(path)
-    kept = json.loads((path / "recipe.json").read_text())
-    read = {"recipe": read_recipe(kept["recipe"]), "data": kept["data"]}
+    if (kept := _read(path / "recipe.json", _described)) is None:
+        raise FileNotFoundError(errno.ENOENT, "no run is here: recipe.json is absent", str(path))
     for name in ("metrics", "machine"):
-        file = path / f"{name}.json"
-        read[name] = json.loads(file.read_text()) if file.exists() else None
+        kept[name] = _read(path / f"{name}.json", lambda file: dict(json.loads(file.read_text())))
     for name in ("history", "queries"):
-        file = path / f"{name}.csv"
-        read[name] = pd.read_csv(file) if file.exists() else None
-    return read
+        kept[name] = _read(path / f"{name}.csv", pd.read_csv)
+    return kept
+
+
+def _described(file: Path) -> dict[str, Any]:
+    """Recipe and data of a run, from its recipe.json."""
+    kept = json.loads(file.read_text())
+    return {"recipe": read_recipe(kept["recipe"]), "data": kept["data"]}
+
+
+def _read(file: Path, reader: Callable[[Path], Any]) -> Any:
+    """What the reader makes of a file, None if it is absent; ValueError, with name and remedy, where it fails."""
+    try:
+        return reader(file)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        remedy = f"copy {file.parent.name} again, or remove it and run it again"
+        raise ValueError(f"{file} cannot be read ({type(error).__name__}: {error}): {remedy}") from error
 
 
 def collect(root: str | Path | None = None) -> DataFrame:
-    """Every finished run below the reports folder, a row each: dataset, run, the recipe's fields, the test scores."""
-    rows = []
+    """Every finished run below the reports folder, a row each: dataset, run, the recipe's fields, the test scores.
+
+    A folder that cannot be read is left out, with a warning; `attrs["broken"]` is path → reason.
+    """
+    rows, broken = [], {}
     for file in sorted(reports_root(root).glob("**/metrics.json")):
-        run = load_run(file.parent)
-        row = {"dataset": file.parent.parent.name, "run": file.parent.name, "path": str(file.parent)}
-        row |= {name: value for name, value in json.loads(run["recipe"].to_json()).items() if name != "dataset"}
-        for name, (value, low, high) in run["metrics"].get("text_to_image", {}).items():
-            row |= {name: value, f"{name}_low": low, f"{name}_high": high}
-        rows.append(row)
-    return DataFrame(rows)
+        try:
+            rows.append(_row(file.parent))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            broken[str(file.parent)] = str(error)
+            warnings.warn(f"a run is left out: {error}", stacklevel=2)
+    table = DataFrame(rows)
+    table.attrs["broken"] = broken
+    return table
+
+
+def _row(path: Path) -> dict[str, Any]:
+    """A run's row in the table of all runs."""
+    run = load_run(path)
+    row = {"dataset": path.parent.name, "run": path.name, "path": str(path)}
+    row |= {name: value for name, value in json.loads(run["recipe"].to_json()).items() if name != "dataset"}
+    for name, (value, low, high) in run["metrics"].get("text_to_image", {}).items():
+        row |= {name: value, f"{name}_low": low, f"{name}_high": high}
+    return row
 
 
 def beside_published(metrics: Mapping[str, Any], recipe: Recipe) -> DataFrame:

@@ -92,7 +92,9 @@ def rows(root: Path, dataset: str) -> list[str]:
 
 
 def test_runs_that_differ_only_in_the_seed_share_a_line_with_the_mean_and_its_interval(root):
-    (line,) = [entry for entry in report.entries(root) if entry.name == "default" and not entry.example]
+    (line,) = [
+        entry for entry in report.entries(runs.collect(root), root) if entry.name == "default" and not entry.example
+    ]
     values = [pd.read_csv(folder / "queries.csv").R1 for folder in line.folders]
     assert len(values) == 2
     assert line.scores["R1"][0] == pytest.approx(sum(value.mean() for value in values) / 2)
@@ -100,7 +102,7 @@ def test_runs_that_differ_only_in_the_seed_share_a_line_with_the_mean_and_its_in
 
 
 def test_one_runs_scores_are_those_of_its_metrics(root):
-    (line,) = [entry for entry in report.entries(root) if "itc" in entry.name]
+    (line,) = [entry for entry in report.entries(runs.collect(root), root) if "itc" in entry.name]
     assert line.scores["R1"] == (61.0, 56.0, 66.0)
 
 
@@ -175,6 +177,16 @@ def test_the_table_of_a_transfer_says_what_was_not_run():
     assert Page(report.study_table(table)).words.count("not run") == 2 * 4 * len(SCORES)
 
 
+def test_a_broken_folder_is_listed_with_its_reason_and_the_others_are_shown(root):
+    folder = root / "cuhk" / "default"
+    (folder / "metrics.json").write_text("{<b>")
+    with pytest.warns(UserWarning, match=r"default.metrics\.json cannot be read"):
+        page = Page(report.write_report(root).read_text())
+    assert "broken" in page.all("section", "id")
+    assert f"{folder / 'metrics.json'} cannot be read" in page.words
+    assert sum("default" in row for row in rows(root, "cuhk")) == 1  # the other seed
+
+
 def test_a_folder_without_runs_gives_a_page_with_what_is_published(tmp_path):
     words = Page(report.write_report(tmp_path / "none").read_text()).words
     assert "0 finished runs" in words
@@ -186,5 +198,5 @@ def test_the_committed_example_is_on_the_page_of_a_fresh_clone(tmp_path):
     example = Path(__file__).resolve().parent.parent / "reports" / "example"
     (tmp_path / "example").symlink_to(example)
     assert runs.collect(tmp_path).empty  # links are not followed, so that `latest` counts no run twice
-    found = report.entries(example.parent)
+    found = report.entries(runs.collect(example.parent), example.parent)
     assert any(entry.example for entry in found)

@@ -1,6 +1,6 @@
 """Table + array + seed + step → the batch of that step (so a run can resume at any step)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -8,6 +8,7 @@ from jaxtyping import Float, Int, UInt8
 from pandas import DataFrame
 from torch import Tensor
 
+from irra_core.distributed import Team
 from irra_core.images import augment, draw_augmentation
 from irra_core.recipes import Recipe
 from irra_core.text import mask_tokens, masked_words, tokenize, trim
@@ -21,7 +22,8 @@ class Batch:
 
     `images` are augmented and normalised. `tokens` are the captions, `masked_tokens` the same with words masked and
     `labels` the ids of the words to predict, 0 elsewhere. `pids` count the identities from 0, as `Batches.classes`
-    lists them; `rows` are places in the train table.
+    lists them; `rows` are places in the train table. `all_pids` and `word_count`, the number of words to predict, are
+    those of the whole batch, over which the losses are taken.
     """
 
     images: Float[Tensor, "b 3 h w"]
@@ -30,6 +32,14 @@ class Batch:
     labels: Int[Tensor, "b masked_length"]
     pids: Int[Tensor, " b"]
     rows: Int[Tensor, " b"]
+    all_pids: Int[Tensor, " whole"]
+    word_count: Int[Tensor, ""]
+
+    def split(self, size: int) -> list["Batch"]:
+        """The same pairs in pieces of at most so many; of a batch without pairs, itself."""
+        cut = ("images", "tokens", "masked_tokens", "labels", "pids", "rows")
+        pieces = zip(*(getattr(self, name).split(size) for name in cut), strict=True)
+        return [replace(self, **dict(zip(cut, piece))) for piece in pieces]
 
 
 def sample_masked(annotations: DataFrame, recipe: Recipe, n: int = 5) -> list[tuple[list[str], list[str]]]:
@@ -96,8 +106,8 @@ class Batches:
         recipe, rows = self.recipe, self._rows(step)
         tokens, masked, labels = self._captions(rows, step)
         augmentation = draw_augmentation(len(rows), recipe, self._generator(AUGMENTATION, step))
-        part = slice(len(rows) * process // processes, len(rows) * (process + 1) // processes)
-        rows = rows[part]
+        part = Team(process, processes).part(len(rows))
+        whole, rows = rows, rows[part]
         return Batch(
             images=augment(self._pixels(self.images[rows]), augmentation.part(part), recipe),
             tokens=self._moved(tokens[part]),
@@ -105,6 +115,8 @@ class Batches:
             labels=self._moved(labels[part]),
             pids=self._moved(self.pids[rows]),
             rows=self._moved(rows),
+            all_pids=self._moved(self.pids[whole]),
+            word_count=self._moved((labels != 0).sum()),
         )
 
     def _captions(

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int, Num
 from pandas import DataFrame
 from torch import Tensor
 
+from irra_core.distributed import ALONE, Team
 from irra_core.images import image_array, normalise
 from irra_core.metrics import bootstrap_interval, query_metrics_from_features
 from irra_core.text import VOCABULARY, tokenize, trim
@@ -65,11 +66,13 @@ def evaluate(
     hard_pids: Collection[int] = (),
     precision: str = "auto",
     progress=None,
+    team: Team = ALONE,
 ) -> Evaluation:
     """The scores of a model on one split: each caption searches all photos, and each photo all captions.
 
     `pixels` are the decoded photos of the whole table by image_id [N, 3, H, W]; without them they are decoded here.
-    `hard_pids` are the people with a near-twin. Raises ValueError when the split is empty.
+    `hard_pids` are the people with a near-twin. Each process of a team encodes and ranks its share, and all get the
+    whole. Raises ValueError when the split is empty.
     """
     queries = annotations[annotations.split == split].reset_index(drop=True)
     if queries.empty:
@@ -78,14 +81,16 @@ def evaluate(
         words = f"{model.clip.vocab_size:,} words, CLIP's {VOCABULARY:,}"
         raise ValueError(f"the model's vocabulary has {words}: it cannot read sentences")
     photos = queries.drop_duplicates("image_id").reset_index(drop=True)
+    mine, my_captions = team.part(len(photos)), list(queries.caption[team.part(len(queries))])
     if pixels is None:
         height, width = model.image_size
-        shown = image_array(list(photos.path), height, width, progress=progress).pixels
+        shown = image_array(list(photos.path), height, width, progress=progress).pixels[mine]
     else:
-        shown = pixels[photos.image_id.to_numpy()]
+        shown = pixels[photos.image_id.to_numpy()[mine]]
     image = encode_images(model, shown, precision=precision, progress=progress)
-    text = encode_texts(model, list(queries.caption), precision=precision, progress=progress)
-    return rank_features(image, text, photos, queries, hard_pids)
+    text = encode_texts(model, my_captions, precision=precision, progress=progress)
+    image, text = team.gathered(image, len(photos)), team.gathered(text, len(queries))
+    return rank_features(image, text, photos, queries, hard_pids, team)
 
 
 def rank_features(
@@ -94,11 +99,12 @@ def rank_features(
     photos: DataFrame,
     queries: DataFrame,
     hard_pids: Collection[int] = (),
+    team: Team = ALONE,
 ) -> Evaluation:
-    """The evaluation of L2-normalised features, row by row those of the two tables."""
+    """The evaluation of L2-normalised features, row by row those of the two tables; a team shares the queries out."""
     query_pids, gallery_pids = (torch.tensor(table.pid.to_numpy()) for table in (queries, photos))
-    found = query_metrics_from_features(text, image, query_pids, gallery_pids)
-    back = query_metrics_from_features(image, text, gallery_pids, query_pids)
+    found = _ranked_by(team, text, image, query_pids, gallery_pids)
+    back = _ranked_by(team, image, text, gallery_pids, query_pids)
     hard = np.isin(queries.pid.to_numpy(), list(hard_pids))
     columns = ["pid", "image_id"]
     return Evaluation(
@@ -106,6 +112,21 @@ def rank_features(
         image_to_text=photos[columns].assign(**{name: value.numpy() for name, value in back.items()}),
         images=len(photos),
     )
+
+
+def _ranked_by(
+    team: Team,
+    query: Float[Tensor, "queries dim"],
+    gallery: Float[Tensor, "gallery dim"],
+    query_pids: Int[Tensor, " queries"],
+    gallery_pids: Int[Tensor, " gallery"],
+) -> dict[str, Num[Tensor, " queries"]]:
+    """`query_metrics_from_features`, of which each process counts its share of the queries."""
+    mine = team.part(len(query))
+    found = query_metrics_from_features(query[mine], gallery, query_pids[mine], gallery_pids)
+    rows = torch.stack([column.double() for column in found.values()], 1)  # ranks are exact in float64
+    columns = team.gathered(rows, len(query)).unbind(1)
+    return {name: whole.to(column.dtype) for (name, column), whole in zip(found.items(), columns, strict=True)}
 
 
 def scores(queries: DataFrame) -> dict[str, Interval]:
@@ -191,7 +212,7 @@ def _encoded(model, encode, count: int, batch_size: int, precision: str, progres
     parts = []
     try:
         with torch.inference_mode(), autocast(next(model.parameters()).device, precision):
-            for start in range(0, count, batch_size):
+            for start in range(0, max(count, 1), batch_size):  # of no rows, features of the right width
                 parts.append(F.normalize(encode(start).float(), dim=1).cpu())
                 if bar:
                     bar.update(len(parts[-1]))
@@ -199,7 +220,7 @@ def _encoded(model, encode, count: int, batch_size: int, precision: str, progres
         model.train(training)
         if bar:
             bar.close()
-    return torch.cat(parts).clone()
+    return torch.cat(parts).clone()  # a tensor of its own, not of inference mode
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -203,11 +203,13 @@ def total_loss(
     recipe: Recipe,
     classifier_weight: Float[Tensor, "identities dim"] | None = None,
     word_count: int | Tensor | None = None,
+    names: Sequence[str] | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
     """Each loss of `recipe.losses` by name, in the recipe's order; what is trained is their sum, every weight 1.
 
     `features` is the model's `Features`; pids are class numbers. A loss is given, by its parameters' names, what is
-    listed below. `word_count`: see mlm_loss. Raises ValueError where a loss lacks what it needs.
+    listed below. `word_count`: see mlm_loss. `names` picks some of the recipe's losses. Raises ValueError where a loss
+    lacks what it needs.
     """
     given = {
         "image": features.image,
@@ -222,7 +224,7 @@ def total_loss(
         "labels": features.word_labels,
         "count": word_count,
     }
-    return {name: _part(name, given) for name in recipe.loss_names}
+    return {name: _part(name, given) for name in (recipe.loss_names if names is None else names)}
 
 
 def _part(name: str, given: dict[str, Any]) -> Float[Tensor, ""]:

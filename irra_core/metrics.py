@@ -1,10 +1,11 @@
 """Similarities + identities → R@k, mAP, mINP, with confidence intervals: pure functions."""
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Num
+from jaxtyping import Float, Int, Num, UInt16
 from torch import Tensor
 
 from irra_core.recipes import unknown
@@ -105,6 +106,8 @@ def _ranked(
     rank = torch.zeros_like(query_pids)
     order = count.argsort(stable=True)  # equal numbers of positives in a chunk: no padding to compare
     for rows in order[(count == 0).sum() :].split(chunk):
+        if not len(rows):
+            continue
         place = torch.arange(int(count[rows].max()), device=like.device)
         columns = by_pid[first[rows, None] + place.minimum(count[rows, None] - 1)]
         ranks = _positive_ranks(_raised(scores_of(rows)), columns, count[rows], rows)
@@ -189,8 +192,20 @@ def bootstrap_interval(
     if np.isnan(values).any():
         raise ValueError(f"{np.isnan(values).sum()} of {len(values)} values are NaN: drop those queries first")
     _, person = np.unique(pids, return_inverse=True)
-    sums, sizes = np.bincount(person, values), np.bincount(person)
-    drawn = np.random.default_rng(seed).integers(len(sums), size=(draws, len(sums)), dtype=np.int32)
-    means = [sums[people].sum() / sizes[people].sum() for people in drawn]
-    low, high = np.quantile(means, [0.025, 0.975])
+    totals = np.stack([np.bincount(person, values), np.bincount(person)], axis=1)
+    drawn = _drawn(len(totals), draws, seed)
+    parts = [part.astype(np.float64) @ totals for part in np.array_split(drawn, drawn.size // 2**22 + 1)]
+    total, size = np.concatenate(parts).T
+    low, high = np.quantile(total / size, [0.025, 0.975])
     return float(low), float(high)
+
+
+@functools.lru_cache(maxsize=1)
+def _drawn(people: int, draws: int, seed: int) -> UInt16[np.ndarray, "draws people"]:
+    """How often each person is in each draw; kept, because the scores of an evaluation are asked one after another."""
+    drawn = np.random.default_rng(seed).integers(people, size=(draws, people), dtype=np.int32)
+    counts = np.empty((draws, people), dtype=np.uint16)
+    for row, chosen in zip(counts, drawn, strict=True):
+        row[:] = np.bincount(chosen, minlength=people)
+    counts.flags.writeable = False
+    return counts

@@ -1,8 +1,11 @@
-"""A recipe and a table → a trained run: optimiser, schedule, loop, resume."""
+"""A recipe and a table → a trained run: optimiser, schedule, loop, resume, one process or many."""
 
+import argparse
+import contextlib
 import json
 import math
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -15,24 +18,29 @@ import torch
 from jaxtyping import Float
 from pandas import DataFrame
 from torch import Tensor
+from tqdm import tqdm
 
 from irra_core import runs
+from irra_core.adapters import is_adapter, merge
 from irra_core.annotations import hold_out, load_annotations, photo_table
 from irra_core.backbone import read_weights
 from irra_core.batches import Batch, Batches
 from irra_core.checkpoints import load_checkpoint, load_weights, replaced, save_checkpoint, save_tensors
-from irra_core.evaluation import Evaluation, autocast, evaluate, gain, scores
+from irra_core.distributed import ALONE, Team, joined, launched, tell, telling_errors
+from irra_core.evaluation import Evaluation, evaluate, gain, scores
 from irra_core.images import image_array
-from irra_core.losses import total_loss
 from irra_core.model import IRRA, build_model, general_weights
-from irra_core.recipes import Recipe, pretraining
+from irra_core.objective import Objective
+from irra_core.recipes import PLAIN, Recipe, check_processes, pretraining
 from irra_core.synthetic import is_rendered, make_synthetic, synthetic_ceiling, twin_pids
 from irra_core.text import tokenize
 
 READ_LOSSES_EVERY = 20  # steps; on a GPU reading a loss waits for it, so the bar is not moved at every step
 
 
-def train(recipe: Recipe, annotations: DataFrame, folder: str | Path, progress=None) -> Iterator[dict[str, Any]]:
+def train(
+    recipe: Recipe, annotations: DataFrame, folder: str | Path, progress=None, processes: int = 1, wait: bool = False
+) -> Iterator[dict[str, Any]]:
     """Train a recipe in a run folder; yields one row of history an evaluation, and ends with the test scores written.
 
     Resumes by itself: a folder with an interrupted run goes on at its last evaluation, bit for bit as if it had never
@@ -40,24 +48,46 @@ def train(recipe: Recipe, annotations: DataFrame, folder: str | Path, progress=N
     metrics.json, queries.csv, machine.json, the selected weights and, where open_annotations left photos out,
     unreadable.csv. The split named by `recipe.select_on` picks the
     weights; test is read once, at the end (`select_on="test"` reads it at every evaluation, as the released code).
-    `progress` is a tqdm-like class. Raises ValueError where the folder holds another run or the table cannot train,
-    RuntimeError where another process trains in it, FloatingPointError where a loss is no number (see `replay`).
+    `progress` is a tqdm-like class. With several `processes` torchrun starts them on this machine, each on a GPU of its
+    own where there are GPUs; they share out the same batches, so the run is the same but for rounding. Raises
+    ValueError where the folder holds another run or the table cannot train, RuntimeError where another process trains
+    in it (with `wait` its run is waited for and taken), FloatingPointError where a loss is no number (see `replay`).
     """
-    folder, unreadable = Path(folder), annotations.attrs.get("unreadable", [])
+    check_processes(processes, recipe)
+    folder = Path(folder)
     runs.begin(folder, recipe, runs.data_digest(annotations, recipe, progress))
     if runs.finished(folder):
-        yield from pd.read_csv(folder / "history.csv").to_dict("records")
-        return
-    with runs.locked(folder):
-        if unreadable:
+        yield from _history(folder)
+    elif processes == 1:
+        yield from _trained(recipe, annotations, folder, progress, wait=wait)
+    else:
+        runs.write_table(folder, annotations)
+        yield from launched("irra_core.training", folder, processes, progress)
+
+
+def _trained(
+    recipe: Recipe, annotations: DataFrame, folder: Path, progress=None, team: Team = ALONE, wait: bool = False
+) -> Iterator[dict[str, Any]]:
+    """`train` in this process, or this process's part of it; the first of a team alone writes."""
+    unreadable = annotations.attrs.get("unreadable", [])
+    with runs.locked(folder, wait, progress) if team.leads else contextlib.nullcontext():
+        if wait and runs.finished(folder):  # by the process that was waited for
+            yield from _history(folder)
+            return
+        if unreadable and team.leads:
             runs.write_text(folder / runs.UNREADABLE, DataFrame(unreadable).to_csv(index=False))
         if recipe.select_on == "val":
             annotations = hold_out(annotations)
         photos = photo_table(annotations)
         pixels = image_array(list(photos.path), recipe.image_height, recipe.image_width).pixels
-        run = _Run(recipe, annotations, pixels, folder, progress)
+        run = _Run(recipe, annotations, pixels, folder, progress, team)
         yield from run.fit()
         run.finish({"unreadable_images": len(unreadable)} if unreadable else {})
+
+
+def _history(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a finished run's history."""
+    return pd.read_csv(folder / "history.csv").to_dict("records")
 
 
 def learning_rate(epoch: int, recipe: Recipe) -> float:
@@ -73,14 +103,14 @@ def learning_rate(epoch: int, recipe: Recipe) -> float:
 
 
 def learning_rate_and_decay(name: str, recipe: Recipe) -> tuple[float, float]:
-    """Learning rate and weight decay of one parameter. Source: released solver/build.py."""
+    """Learning rate and weight decay of one parameter; adapters are new weights. Source: released solver/build.py."""
     bias = name.endswith("bias")
     decay = 0.0 if bias else recipe.weight_decay
     if name.startswith(("mlm_head.", "classifier.")):
         return recipe.lr * recipe.new_lr_factor, decay  # before the bias rule: their biases have ×5 too
     if bias:
         return recipe.lr * recipe.bias_lr_factor, decay
-    new = name.startswith(("interaction.attention.", "interaction.blocks."))
+    new = is_adapter(name) or name.startswith(("interaction.attention.", "interaction.blocks."))
     return recipe.lr * (recipe.new_lr_factor if new else 1.0), decay
 
 
@@ -123,10 +153,25 @@ def step_precision(precision: str, device: torch.device) -> str:
     return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
 
 
+def prepare_run(recipe: Recipe, annotations: DataFrame, progress=None) -> Path:
+    """The run folder of a recipe, ready for `torchrun … -m irra_core.training FOLDER` on one machine or many.
+
+    The folder, and the photos under the paths of the table, must be where every machine sees them.
+    """
+    data = runs.data_digest(annotations, recipe, progress)
+    folder = runs.run_folder(recipe, data).path
+    runs.begin(folder, recipe, data)
+    runs.write_table(folder, annotations)
+    return folder
+
+
 def trained_run(recipe: Recipe, annotations: DataFrame, progress=None) -> Path:
-    """The folder of the finished run of a recipe: loaded if it is there, resumed or trained if not."""
+    """The folder of the finished run of a recipe: loaded if it is there, resumed or trained if not.
+
+    Where another process trains it, that is waited for.
+    """
     folder = runs.run_folder(recipe, runs.data_digest(annotations, recipe, progress)).path
-    for _ in train(recipe, annotations, folder, progress):
+    for _ in train(recipe, annotations, folder, progress, wait=True):
         pass
     return folder
 
@@ -137,7 +182,7 @@ def pretrained_general(progress=None) -> Path:
     weights = general_weights(recipe)
     if weights.exists():
         return weights
-    with runs.locked(weights.parent, wait=True):  # another process may be making them
+    with runs.locked(weights.parent, wait=True, progress=progress):  # another process may be making them
         if not weights.exists():
             folder = weights.with_suffix("")
             make_synthetic(folder, people=recipe.identities, domain="general", progress=progress)
@@ -150,7 +195,7 @@ def pretrained_general(progress=None) -> Path:
 
 
 def replay(folder: str | Path) -> dict[str, float]:
-    """The loss parts of the step at which a run stopped because one was no number, computed again.
+    """Loss parts and gradient's norm of the step at which a run stopped because one was no number, computed again.
 
     `train` saved the weights before that step in failed.safetensors and its batch in failed-batch.safetensors.
     """
@@ -160,16 +205,26 @@ def replay(folder: str | Path) -> dict[str, float]:
     batch = Batch(**{name: tensor.to(device) for name, tensor in tensors.items() if name != "image_ids"})
     precision = step_precision(recipe.precision, device)
     model = (half_weights(model) if precision == "fp16" else model).to(device).train()
-    parts = loss_parts(model, batch, recipe, precision)
-    return {name: part.item() for name, part in parts.items()}
+    parts = Objective(model, recipe, precision)(batch)
+    return _named(torch.cat([parts, gradient_norm(model)[None]]), recipe)
 
 
-def loss_parts(model: IRRA, batch: Batch, recipe: Recipe, precision: str) -> dict[str, Float[Tensor, ""]]:
-    """Every loss of the recipe on one batch, in the arithmetic of a training step."""
-    with autocast(batch.pids.device, precision):
-        features = model(batch.images, batch.tokens, batch.masked_tokens, batch.labels)
-    weight = model.classifier.weight if model.classifier is not None else None
-    return total_loss(features, batch.pids, recipe, classifier_weight=weight)
+def gradient_norm(model: torch.nn.Module) -> Float[Tensor, ""]:
+    """The norm of all gradients together, summed in single precision: no number where one of theirs is none.
+
+    Nor beyond 1e19, whose square is none.
+    """
+    gradients: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            gradients.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    norms = [norm for alike in gradients.values() for norm in torch._foreach_norm(alike, 2, torch.float32)]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _named(numbers: Float[Tensor, " numbers"], recipe: Recipe) -> dict[str, float]:
+    """The loss parts and the gradient's norm of a step by name."""
+    return dict(zip((*recipe.loss_names, "gradient"), numbers.tolist(), strict=True))
 
 
 class _Best(NamedTuple):
@@ -182,9 +237,11 @@ class _Best(NamedTuple):
 class _Run:
     """The moving parts of one training: model, optimiser, batches, and how far it is."""
 
-    def __init__(self, recipe: Recipe, annotations: DataFrame, pixels: np.ndarray, folder: Path, progress):
+    def __init__(
+        self, recipe: Recipe, annotations: DataFrame, pixels: np.ndarray, folder: Path, progress, team: Team = ALONE
+    ):
         self.recipe, self.annotations, self.pixels = recipe, annotations, pixels
-        self.folder, self.progress = folder, progress
+        self.folder, self.progress, self.team = folder, progress, team
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         table = annotations[annotations.split == "train"].reset_index(drop=True)
         self.batches = Batches(table, pixels, tokenize(list(table.caption)), recipe, self.device)
@@ -197,6 +254,7 @@ class _Run:
         self.optimiser.found_inf = torch.zeros((), device=self.device)  # 1: Adam leaves the weights as they are
         self.unread: list[Tensor] = []  # the loss parts of the last steps, not yet looked at
         self.step, self.history, self.best, self.seconds = 0, [], _Best(0, -math.inf), {"training": 0.0}
+        self.objective = Objective(self.model, recipe, self.precision, team)
         self.hard_pids = twin_pids(annotations, recipe)
         self.total = min(recipe.epochs * self.batches.steps_per_epoch, recipe.max_steps or math.inf)
         self.every = recipe.evaluate_every or self.batches.steps_per_epoch
@@ -227,7 +285,8 @@ class _Run:
                 if self.step % self.every == 0 or self.step == self.total:
                     row = self.evaluation_row((sums / (self.step - since)).tolist())
                     sums, since = None, self.step
-                    self.save_state()
+                    if self.team.leads:
+                        self.save_state()
                     yield row
         finally:
             if bar:
@@ -239,39 +298,39 @@ class _Run:
         lr = learning_rate(self.step // self.batches.steps_per_epoch, recipe)
         for group in self.optimiser.param_groups:
             group["lr"] = lr * group["factor"]
-        batch = self.batches.at(self.step)
         model.train()
-        stacked = torch.stack(list(loss_parts(model, batch, recipe, self.precision).values()))
-        self.unread.append(stacked.detach())
+        self.optimiser.zero_grad(set_to_none=True)
+        parts = self.objective(self.batches.at(self.step, *self.team))
+        self.unread.append(torch.cat([parts, gradient_norm(model)[None]]))
         broken = (~torch.isfinite(self.unread[-1]).all()).float()
         self.optimiser.found_inf.copy_(torch.maximum(self.optimiser.found_inf, broken))  # once broken, no step counts
-        self.optimiser.zero_grad(set_to_none=True)
-        stacked.sum().backward()
         self.optimiser.step()
-        return stacked.detach()
+        return parts
 
     def check_finite(self) -> None:
-        """Raise FloatingPointError, naming step, parts and learning rate, once a loss is not a number.
-
-        What `replay` needs is saved first: the weights, which have stood still since, and the batch.
-        """
+        """Raise FloatingPointError, naming step, parts and learning rate, once a loss or its gradient is no number."""
         broken = (~torch.isfinite(torch.stack(self.unread))).any(1).nonzero().flatten().tolist()
         first = self.step - len(self.unread)
         unread, self.unread = self.unread, []
         if not broken:
             return
-        step, parts = first + broken[0], dict(zip(self.recipe.loss_names, unread[broken[0]].tolist()))
+        step, parts = first + broken[0], _named(unread[broken[0]], self.recipe)
         lr = learning_rate(step // self.batches.steps_per_epoch, self.recipe)
+        if self.team.leads:
+            self.save_failed(step, parts, lr)
+        raise FloatingPointError(
+            f"a loss or its gradient is not finite at step {step + 1}: {parts}, lr {lr:g}. Lower lr or raise the "
+            f"precision. {self.folder} keeps the state of the last evaluation, and for training.replay the weights before the "
+            f"step ({runs.FAILED}) and its batch ({runs.FAILED_BATCH})"
+        )
+
+    def save_failed(self, step: int, parts: dict[str, float], lr: float) -> None:
+        """What `replay` needs: the weights, which have stood still since the step, and its batch."""
         batch = vars(self.batches.at(step))
         batch["image_ids"] = self.batches.images[batch["rows"].cpu()]
         said = {"step": str(step + 1), "lr": str(lr), "parts": json.dumps({n: str(v) for n, v in parts.items()})}
         save_checkpoint(self.model, self.recipe, self.folder / runs.FAILED)
         save_tensors(batch, self.folder / runs.FAILED_BATCH, said)
-        raise FloatingPointError(
-            f"a loss is not finite at step {step + 1}: {parts}, lr {lr:g}. Lower lr or raise the precision. "
-            f"{self.folder} keeps the state of the last evaluation, and for training.replay the weights before the "
-            f"step ({runs.FAILED}) and its batch ({runs.FAILED_BATCH})"
-        )
 
     def evaluation_row(self, losses: list[float]) -> dict[str, Any]:
         """Evaluate on the split that selects, keep the weights if they are the best so far; the row of history."""
@@ -288,9 +347,11 @@ class _Run:
         score = self.step if recipe.select_on == "last" else row[f"{split}_R1"]
         if score > self.best.score:
             self.best = _Best(self.step, score)
-            save_checkpoint(self.model, recipe, self.folder / runs.WEIGHTS)
+            if self.team.leads:
+                save_checkpoint(self.model, recipe, self.folder / runs.WEIGHTS)
         self.history.append(row)
-        runs.write_text(self.folder / "history.csv", DataFrame(self.history).to_csv(index=False))
+        if self.team.leads:
+            runs.write_text(self.folder / "history.csv", DataFrame(self.history).to_csv(index=False))
         return row
 
     def evaluated(self, model: IRRA, split: str) -> Evaluation:
@@ -303,6 +364,7 @@ class _Run:
             pixels=self.pixels,
             hard_pids=self.hard_pids,
             precision=self.recipe.precision,
+            team=self.team,
         )
         self.seconds["evaluation"] = self.seconds.get("evaluation", 0.0) + time.perf_counter() - began
         return found
@@ -359,6 +421,8 @@ class _Run:
         recipe = self.recipe
         metrics: dict[str, Any] = {"selected": {"on": recipe.select_on, "step": self.best.step}} | counted
         if (self.annotations.split == "test").any():
+            merge(self.model)
+            self.team.wait()  # until process 0 has written them
             load_weights(self.model, self.folder / runs.WEIGHTS)
             trained = self.evaluated(self.model, "test")
             metrics |= trained.metrics
@@ -368,26 +432,81 @@ class _Run:
                 metrics[f"gain_over_{name}"] = gain(trained.text_to_image, start)
             if is_rendered(self.annotations, recipe):
                 metrics["ceiling_R1"] = synthetic_ceiling(self.annotations)
-            columns = trained.text_to_image.drop(columns="caption")  # real captions may not be handed on
-            runs.write_text(self.folder / "queries.csv", columns.to_csv(index=False))
+            if self.team.leads:
+                columns = trained.text_to_image.drop(columns="caption")  # real captions may not be handed on
+                runs.write_text(self.folder / "queries.csv", columns.to_csv(index=False))
+        if not self.team.leads:
+            return
         runs.write_text(self.folder / "machine.json", json.dumps(self.machine(), indent=2))
         runs.write_text(self.folder / "metrics.json", json.dumps(metrics, indent=2))
-        for name in (runs.STATE, runs.STATE_BEFORE, runs.FAILED, runs.FAILED_BATCH):
+        for name in (runs.STATE, runs.STATE_BEFORE, runs.FAILED, runs.FAILED_BATCH, runs.TABLE):
             (self.folder / name).unlink(missing_ok=True)
 
     def starting_points(self) -> dict[str, IRRA]:
         """What the trained model is compared with: random weights, and the pretrained CLIP without fine-tuning."""
-        found = {"untrained": self.initial_model(self.recipe.replace(pretrained="none", pretrained_towers="both"))}
+        found = {"untrained": self.initial_model(self.recipe.replace(**PLAIN))}
         if self.recipe.pretrained != "none":
             found["pretrained"] = self.initial_model(self.recipe)
         return found
 
     def machine(self) -> dict[str, Any]:
-        """Versions, device, threads, seconds, peak memory and throughput of this run."""
+        """Versions, device, threads, parameters, seconds, peak memory and throughput of this run."""
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         images = self.step * self.recipe.batch_size / max(self.seconds["training"], 1e-9)
         gpu = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
-        measured = {"precision": self.precision, "seconds": self.seconds, "images_per_second": images}
-        return runs.machine() | measured | {"peak_memory_bytes": peak, "peak_gpu_memory_bytes": gpu}
+        trained = sum(p.numel() for group in self.optimiser.param_groups for p in group["params"])
+        counted = {"parameters": sum(p.numel() for p in self.model.parameters()), "trainable_parameters": trained}
+        measured = {
+            "processes": self.team.processes,
+            "precision": self.precision,
+            "seconds": self.seconds,
+            "images_per_second": images,
+        }
+        return runs.machine() | counted | measured | {"peak_memory_bytes": peak, "peak_gpu_memory_bytes": gpu}
+
+
+class _Told:
+    """A bar, as far as training uses one, that says in lines what `launched` shows."""
+
+    def __init__(self, total: int | None = None, initial: int = 0, desc: str | None = None, **other: Any):
+        self.said = {"total": total, "initial": initial, "desc": desc, "n": initial, "postfix": {}}
+        self.time = 0.0
+        self.shown = "leave" not in other  # not the short bars of an evaluation
+
+    def set_postfix(self, refresh: bool = True, **values: Any) -> None:
+        self.said["postfix"] = values
+
+    def update(self, n: int = 1) -> None:
+        self.said["n"] += n
+        if self.shown and (time.monotonic() - self.time > 0.2 or self.said["n"] == self.said["total"]):
+            self.time = time.monotonic()
+            tell("bar", self.said)
+
+    def close(self) -> None:
+        """The line is all there is to close."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """What `torchrun … -m irra_core.training FOLDER` does in each process: trains the run that was prepared there."""
+    parser = argparse.ArgumentParser(prog="torchrun … -m irra_core.training", description=main.__doc__)
+    parser.add_argument("folder", type=Path, help="a run folder, from irra_core.training.prepare_run")
+    parser.add_argument("--tell", action="store_true", help="say everything in lines of JSON, for a program to read")
+    given = parser.parse_args(arguments)
+    if runs.finished(given.folder):
+        return
+    recipe, annotations = runs.load_run(given.folder)["recipe"], runs.read_table(given.folder)
+    with joined() as team, telling_errors(given.tell and team.leads):
+        check_processes(team.processes, recipe)
+        progress = (_Told if given.tell else tqdm) if team.leads else None
+        if team.leads:
+            runs.begin(given.folder, recipe, runs.data_digest(annotations, recipe, progress))
+        team.wait()
+        for row in _trained(recipe, annotations, given.folder, progress, team):
+            if given.tell and team.leads:
+                tell("row", row)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,185 @@
+"""Gradients: of two processes as of one, in pieces as at once, for every loss. Run by torchrun, this file is a process.
+
+`annotations` are 20 train captions, batches 7 or 8 pairs: shares, pieces and the epoch's last batch all differ in size.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import irra_core as irra
+from irra_core.batches import Batches
+from irra_core.distributed import ALONE, joined
+from irra_core.objective import Objective, loss_parts
+from irra_core.text import tokenize
+
+CASES = {  # name → what the recipe says
+    "every loss": {"losses": "sdm+itc+cmpm+cmpc+tal+id+mlm"},
+    "co": {"losses": "itc+mlm", "interaction": "co"},
+    "merged": {"losses": "tal+id+mlm", "interaction": "merged"},
+    "cmpm/c": {"losses": "cmpm+cmpc"},
+    "released": {"preset": "released", "precision": "fp32"},
+}
+BATCH = 7  # the third and last batch of an epoch of 20 captions has 6 pairs
+FEW = 19  # captions left in the table so that an epoch ends in a batch of one pair: one process then has none
+
+
+def setting(case: str, double: bool, **changes):
+    """Recipe, model and batches of a case on random photos, the same in every process."""
+    given = {"pretrained": "none", "batch_size": BATCH, "interaction_depth": 1, "lr": 1e-3} | CASES[case] | changes
+    if "mlm" not in given.get("losses", "mlm"):
+        del given["interaction_depth"]
+    recipe = irra.recipe(**given)
+    draw = np.random.default_rng(0)
+    pixels = draw.integers(0, 256, (20, 3, recipe.image_height, recipe.image_width), np.uint8)
+    colours = ["red", "green", "blue", "white", "black"]
+    captions = [f"a person in a {colours[n % 5]} coat{' who carries a bag' * (n % 3 == 0)}" for n in range(20)]
+    rows = [(n // 2, n, f"{n}.png", caption, "train") for n, caption in enumerate(captions)]
+    table = irra.annotations.DataFrame(rows, columns=["pid", "image_id", "path", "caption", "split"])
+    model = irra.build_model(recipe, num_ids=10)
+    batches = Batches(table, pixels, tokenize(captions), recipe)
+    return recipe, model.double() if double else model, batches
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """As each of the two processes has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def trained(case: str, team, steps: int, double: bool, **changes):
+    """The loss parts of every step, the first step's gradients and the last weights."""
+    recipe, model, batches = setting(case, double, **changes)
+    objective = Objective(model, recipe, "fp32", team)
+    optimiser = irra.training.build_optimiser(model, recipe)
+    parts = []
+    for step in range(steps):
+        optimiser.zero_grad(set_to_none=True)
+        parts.append(objective(batches.at(step, *team)))
+        if step == 0:
+            first = {name: gradient.clone() for name, gradient in gradients(model).items()}
+        optimiser.step()
+    return torch.stack(parts), first, {name: weight.detach() for name, weight in model.named_parameters()}
+
+
+RUNS = {  # what both sides compute: name → case, steps, double, changes
+    "20 steps in double": ("every loss", 20, True, {}),
+    "20 steps in single": ("every loss", 20, False, {}),
+    **{f"{case} in single": (case, 1, False, {}) for case in CASES},
+    "in pieces": ("every loss", 2, True, {"micro_batch": 2}),
+    "co in pieces": ("co", 1, True, {"micro_batch": 2}),
+    "cmpm/c in pieces": ("cmpm/c", 1, True, {"micro_batch": 2}),
+    "one pair left": ("every loss", 2, True, {"batch_size": FEW}),
+    "one pair left, in pieces": ("every loss", 2, True, {"batch_size": FEW, "micro_batch": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory):
+    """What two processes computed, by the name of the run; each has seen that it agrees with the other."""
+    folder = tmp_path_factory.mktemp("two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {name: torch.load(folder / f"{n}.pt", weights_only=True) for n, name in enumerate(RUNS)}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_train_as_one(by_two, name):
+    case, steps, double, changes = RUNS[name]
+    parts, first, weights = trained(case, ALONE, steps, double, **changes)
+    their_parts, their_first, their_weights = by_two[name]
+    close = 1e-7 if double else 1e-3
+    torch.testing.assert_close(their_parts[0], parts[0], rtol=1e-12 if double else 1e-6, atol=1e-12 if double else 1e-6)
+    torch.testing.assert_close(their_parts, parts, rtol=close, atol=close)
+    assert their_first.keys() == first.keys()
+    whole = torch.stack([gradient.norm() for gradient in first.values()]).norm()
+    for weight, gradient in first.items():
+        assert (their_first[weight] - gradient).norm() <= (1e-9 * gradient.norm() + 1e-12 if double else 1e-5 * whole)
+    for weight, value in weights.items():
+        assert (their_weights[weight] - value).abs().max() <= close, weight
+
+
+@pytest.mark.parametrize(
+    ("case", "size"), [*((case, 3) for case in CASES), *(("every loss", size) for size in (1, 6, 7, 100))]
+)
+def test_pieces_have_the_whole_batchs_losses_and_gradients(case, size):
+    parts, first, _ = trained(case, ALONE, 1, True)
+    their_parts, their_first, _ = trained(case, ALONE, 1, True, micro_batch=size)
+    torch.testing.assert_close(their_parts, parts, rtol=1e-9, atol=1e-9)
+    assert their_first.keys() == first.keys()
+    for name, gradient in first.items():
+        assert (their_first[name] - gradient).norm() <= 1e-9 * gradient.norm() + 1e-12, name
+
+
+def test_losses_of_the_pieces_alone_would_be_others():
+    """What the pieces must not be: averaged losses of small batches, as plain accumulation has them."""
+    recipe, model, batches = setting("every loss", True)
+    batch = batches.at(0)
+    whole = loss_parts(model, batch, recipe, "fp32")["itc"]
+    pieces = [irra.itc_loss(model.encode_image(p.images), model.encode_text(p.tokens)) for p in batch.split(4)]
+    assert abs(sum(pieces) / len(pieces) - whole) > 0.1 * whole
+
+
+def test_pieces_of_a_batch_are_the_batch_in_order():
+    _, _, batches = setting("every loss", False)
+    batch = batches.at(0)
+    pieces = batch.split(3)
+    assert [len(piece.rows) for piece in pieces] == [3, 3, 1]
+    for name in ("images", "tokens", "masked_tokens", "labels", "pids", "rows"):
+        assert torch.equal(torch.cat([getattr(piece, name) for piece in pieces]), getattr(batch, name))
+    assert all(torch.equal(piece.all_pids, batch.pids) for piece in pieces)
+    assert {int(piece.word_count) for piece in pieces} == {int((batch.labels != 0).sum())}
+
+
+def test_a_smaller_piece_keeps_less_for_the_gradient():
+    """Counted, not timed: the bytes that autograd keeps at once."""
+    kept = {}
+    for size in (None, 4):
+        recipe, model, batches = setting("every loss", False, batch_size=16, micro_batch=size)
+        kept[size] = most_saved(Objective(model, recipe, "fp32"), batches.at(0))
+    assert kept[4] < 0.4 * kept[None]
+
+
+def most_saved(objective, batch) -> int:
+    """The most bytes of tensors that autograd held for the backward pass at one time, weights left out."""
+    weights = {weight.data_ptr() for weight in objective.model.parameters()}
+    now, most = 0, 0
+
+    class Held:
+        def __init__(self, tensor):
+            nonlocal now, most
+            self.tensor, self.bytes = tensor, 0 if tensor.data_ptr() in weights else tensor.nbytes
+            now += self.bytes
+            most = max(most, now)
+
+        def __del__(self):
+            nonlocal now
+            now -= self.bytes
+
+    with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+        objective(batch)
+    return most
+
+
+if __name__ == "__main__":
+    with joined() as team:
+        torch.set_num_threads(1)
+        for number, (case, steps, double, changes) in enumerate(RUNS.values()):
+            found = trained(case, team, steps, double, **changes)
+            everyone = [team.told(json.dumps(found[0].tolist()))]
+            assert everyone == [json.dumps(found[0].tolist())], "two processes had different losses"
+            if team.leads:
+                torch.save(found, Path(sys.argv[1]) / f"{number}.pt")

@@ -22,7 +22,7 @@ test: .venv/ready lint  ## everything that continuous integration checks
 	$(BIN)/python -m pytest
 	$(MAKE) notebooks
 
-test-long: .venv/ready  ## kills 60 training processes at random moments
+test-long: .venv/ready  ## kills more than 50 training processes, and watches memory and files over 10,000 steps
 	$(BIN)/python -m pytest -m long
 
 lint: .venv/ready
@@ -32,6 +32,7 @@ lint: .venv/ready
 
 notebooks: .venv/ready  ## every notebook, shrunken, cell by cell; then one as a user types it
 	rm -rf reports/smoke
+	$(BIN)/python -m pytest -m notebook
 	IRRA_SMOKE=1 $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 notebooks
 	cd notebooks && IRRA_SMOKE=1 ../$(BIN)/papermill --no-progress-bar train.ipynb ../reports/smoke/out.ipynb -p seed 1
 

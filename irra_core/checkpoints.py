@@ -111,9 +111,21 @@ def save_tensors(
     metadata[CHECKSUM] = checksum(tensors, metadata)
     with replaced(path) as aside:
         save_file(tensors, aside, metadata)
+        _sort_metadata(aside)
         if keep is not None and Path(path).exists():
             flush(aside)
             os.replace(path, keep)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Give equal files equal bytes: safetensors writes the metadata in an order that every process draws anew."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        said = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        file.seek(8)
+        file.write(said.ljust(size))  # the same letters in another order; the format pads with spaces
 
 
 def load_official(path: str | Path, image_size: Sequence[int] = (384, 128), stride: int = 16) -> IRRA:

@@ -1,11 +1,16 @@
 """What the tests share: folders of their own, and a data set of a few coloured people."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on models this small a second thread only waits
+
 import numpy as np
 import pytest
 from pandas import DataFrame
 from PIL import Image
 
 import irra_core as irra
+from irra_core import backbone
 
 COLOURS = {
     "red": (200, 30, 30),
@@ -45,7 +50,19 @@ def annotations(tmp_path_factory) -> DataFrame:
     return DataFrame(rows, columns=["pid", "image_id", "path", "caption", "split"])
 
 
+@pytest.fixture(scope="module")
+def narrow():
+    """The little CLIP at half its width and with one layer, for a module of tests: its runs take less than half."""
+    small = dict(backbone.SMALL_CLIP, embed_dim=64)
+    small["vision_cfg"] = small["vision_cfg"] | {"width": 64, "layers": 1}
+    small["text_cfg"] = small["text_cfg"] | {"width": 64, "heads": 1, "layers": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbone, "SMALL_CLIP", small)
+        yield
+
+
 @pytest.fixture
 def tiny() -> irra.Recipe:
     """The little CLIP from random weights: 5 steps of 8 pairs, 3 evaluations, the first inside an epoch."""
-    return irra.recipe(pretrained="none", batch_size=8, epochs=2, max_steps=5, evaluate_every=2, erase_probability=0.2)
+    steps = {"batch_size": 8, "epochs": 2, "max_steps": 5, "evaluate_every": 2}
+    return irra.recipe(pretrained="none", erase_probability=0.2, **steps)

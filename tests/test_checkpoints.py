@@ -8,7 +8,7 @@ import torch
 
 import irra_core as irra
 from irra_core import checkpoints
-from irra_core.backbone import new_clip
+from irra_core.backbone import new_clip, read_weights
 from irra_core.checkpoints import load_weights, released_name
 from irra_core.model import IRRA, seeded
 
@@ -55,6 +55,19 @@ def test_a_checkpoint_comes_back_bit_for_bit_with_its_recipe(losses, interaction
     assert same(found, model)
     assert read == recipe
     assert found.padding_attention == (interaction is not None)
+
+
+def test_equal_tensors_and_metadata_are_equal_bytes(tmp_path):
+    said = {name: f'{name}: 1 – "quoted"\n' for name in ("zebra", "apple", "pear", "fig", "kiwi")}
+    written = set()
+    for number in range(5):
+        path = tmp_path / f"{number}.safetensors"
+        checkpoints.save_tensors({"b": torch.arange(3), "a": torch.ones(2)}, path, said)
+        written.add(path.read_bytes())
+    assert len(written) == 1
+    tensors, metadata = read_weights(path)
+    assert tensors["b"].tolist() == [0, 1, 2]
+    assert {name: metadata[name] for name in said} == said
 
 
 def test_a_checkpoint_of_a_pretrained_model_needs_neither_network_nor_the_pretrained_file(tmp_path):

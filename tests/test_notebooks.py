@@ -14,6 +14,7 @@ from irra_core import runs
 from irra_core.annotations import load_annotations
 from irra_core.synthetic import make_synthetic
 
+pytestmark = pytest.mark.notebook
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 SHORT = ["-p", "backbone", "small", "-p", "pretrained", "none", "-p", "batch_size", "8", "-p", "max_steps", "2"]
 

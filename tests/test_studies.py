@@ -139,6 +139,7 @@ class Bar:
     def close(self): ...
 
 
+@pytest.mark.notebook
 def test_a_grid_runs_once_each_survives_a_failure_and_is_not_repeated(grid, tmp_path, monkeypatch):
     assert estimate(grid).startswith("2 different runs, 0 of them finished; the other 2 take about ")
     Bar.made.clear()
@@ -171,6 +172,7 @@ def load_digest(path: str) -> str:
     return json.loads((Path(path) / "recipe.json").read_text())["data"]
 
 
+@pytest.mark.notebook
 def test_runs_at_the_same_time_share_threads_and_gpus_and_get_their_own_recipe(grid, tmp_path, monkeypatch):
     monkeypatch.setenv("ECHO", str(tmp_path / "told"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,6")
@@ -184,6 +186,7 @@ def test_runs_at_the_same_time_share_threads_and_gpus_and_get_their_own_recipe(g
     assert "left no finished run" in found.error[0]
 
 
+@pytest.mark.notebook
 def test_an_interrupt_ends_the_running_notebooks_with_their_kernels(grid, tmp_path, monkeypatch):
     monkeypatch.setenv("ECHO", str(tmp_path / "told"))
     told = tmp_path / "told" / "8" / "told.json"

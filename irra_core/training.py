@@ -320,8 +320,8 @@ class _Run:
             self.save_failed(step, parts, lr)
         raise FloatingPointError(
             f"a loss or its gradient is not finite at step {step + 1}: {parts}, lr {lr:g}. Lower lr or raise the "
-            f"precision. {self.folder} keeps the state of the last evaluation, and for training.replay the weights before the "
-            f"step ({runs.FAILED}) and its batch ({runs.FAILED_BATCH})"
+            f"precision. {self.folder} keeps the state of the last evaluation, and for training.replay the weights "
+            f"before the step ({runs.FAILED}) and its batch ({runs.FAILED_BATCH})"
         )
 
     def save_failed(self, step: int, parts: dict[str, float], lr: float) -> None:

@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 import irra_core as irra
-from irra_core import images, runs, training
+from irra_core import images, objective, runs, training
 from irra_core.annotations import check_annotations, hold_out
 from irra_core.losses import total_loss
 from irra_core.training import build_optimiser, half_weights, learning_rate, pretrained_general, train
 
 REFERENCE = Path(__file__).parent / "reference"
+pytestmark = pytest.mark.usefixtures("narrow")
 
 
 def test_the_learning_rate_of_every_epoch_is_the_released_one():
@@ -86,7 +87,7 @@ def test_an_interrupted_run_ends_bit_for_bit_where_the_whole_run_does(tiny, anno
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, annotations):
+def finished(narrow, tmp_path_factory, annotations):
     """A finished run's folder and its recipe."""
     recipe = irra.recipe(pretrained="none", batch_size=8, max_steps=2, epochs=1, losses="sdm+id+mlm")
     folder = tmp_path_factory.mktemp("runs") / "finished"
@@ -173,16 +174,45 @@ def test_without_a_val_split_train_people_are_held_out_and_test_untouched(annota
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_part(tiny, annotations, tmp_path, monkeypatch):
-    real = training.total_loss
-
     def broken(*args, **kwargs):
-        parts = real(*args, **kwargs)
+        parts = total_loss(*args, **kwargs)
         return parts | {"mlm": parts["mlm"] * float("nan")}
 
-    monkeypatch.setattr(training, "total_loss", broken)
+    monkeypatch.setattr(objective, "total_loss", broken)
     with pytest.raises(FloatingPointError, match=r"step 1: .*'mlm': nan.*lr"):
         list(train(tiny, annotations, tmp_path / "run"))
     assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_at_its_step_though_the_losses_are_finite(
+    tiny, annotations, tmp_path, monkeypatch
+):
+    steps = []
+
+    def steep(*args, **kwargs):
+        parts, zero = total_loss(*args, **kwargs), (kwargs.get("classifier_weight", args[3]) * 0).sum()
+        steps.append(len(steps))
+        return parts | {"mlm": parts["mlm"] + zero.sqrt()} if len(steps) > 1 else parts  # the slope of √ at 0
+
+    monkeypatch.setattr(objective, "total_loss", steep)
+    with pytest.raises(FloatingPointError, match=r"step 2: .*'gradient': nan.*failed-batch"):
+        list(train(tiny.replace(evaluate_every=5), annotations, tmp_path / "run"))
+    again = training.replay(tmp_path / "run")
+    assert np.isnan(again.pop("gradient"))
+    assert np.isfinite(list(again.values())).all()
+    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "run" / runs.FAILED).values())
+
+
+def test_the_norm_of_the_gradients_is_that_of_all_their_entries_in_one_vector():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2).half(), torch.nn.Linear(2, 2))
+    entries, generator = [], torch.Generator().manual_seed(0)
+    for parameter in [*model[0].parameters(), *model[1].parameters()]:
+        parameter.grad = (torch.randn(parameter.shape, generator=generator) * 6e4).to(parameter.dtype)
+        entries += parameter.grad.flatten().double().tolist()
+    assert training.gradient_norm(model).item() == pytest.approx(sum(x * x for x in entries) ** 0.5, rel=1e-6)
+    for bad in (np.nan, np.inf):
+        parameter.grad[0] = bad
+        assert not training.gradient_norm(model).isfinite()
 
 
 def test_a_folder_of_another_run_is_refused_and_passed_over(finished, annotations):
@@ -286,7 +316,7 @@ def tear(file: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def halfway(tmp_path_factory, annotations):
+def halfway(narrow, tmp_path_factory, annotations):
     """A run stopped after its second evaluation, and the same run as it ends when nobody stops it."""
     recipe = irra.recipe(pretrained="none", batch_size=8, epochs=2, max_steps=5, evaluate_every=2)
     base = tmp_path_factory.mktemp("halfway")
@@ -357,6 +387,14 @@ def test_unreadable_photos_are_left_out_listed_and_counted(annotations, tmp_path
     list(train(tiny.replace(max_steps=1), table, tmp_path / "run"))
     assert pd.read_csv(tmp_path / "run" / runs.UNREADABLE).path.tolist() == [str(broken)]
     assert runs.load_run(tmp_path / "run")["metrics"]["unreadable_images"] == 1
+
+
+def test_one_unreadable_photo_stops_a_run_whose_recipe_says_so(annotations, tmp_path, tiny, monkeypatch):
+    more = annotations.copy()
+    more.loc[3, "path"] = str(tmp_path / "absent.png")
+    monkeypatch.setattr(images, "MOST_UNREADABLE", 0.05)
+    with pytest.raises(images.UnreadableImages, match=r"1 image cannot be read(?s:.*)absent\.png"):
+        images.leave_out_unreadable(more, tiny.replace(unreadable="stop"))
 
 
 def test_many_unreadable_photos_stop_a_run_before_it_begins(annotations, tmp_path, tiny):

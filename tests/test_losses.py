@@ -262,6 +262,18 @@ def test_half_precision_and_autocast_do_not_degrade_a_loss(name, dtype, pids):
         assert all(torch.equal(got, exact.to(dtype)) for got, exact in zip(gradients, expected[1:], strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_classification_in_half_precision_is_that_of_the_same_logits_in_float32(dtype, pids):
+    image, text = (feature.detach().to(dtype) for feature in pair())
+    full = (image.float(), text.float())
+    for loss, exact in (
+        (id_loss(image, text, pids), id_loss(*full, pids)),
+        (mlm_loss(image, pids), mlm_loss(full[0], pids)),
+    ):
+        assert loss.dtype == torch.float32
+        assert torch.equal(loss, exact)
+
+
 def test_float64_stays_float64(pids):
     image, text = pair()
     assert all(aligned(name, image, text, pids)[0].dtype == torch.float64 for name in ALIGNING)

@@ -1,5 +1,6 @@
 """R@k, mAP and mINP against the released code's numbers and a slow ranking; intervals against a slow bootstrap."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,14 @@ def test_queries_without_anyone_in_the_gallery_are_an_error_that_names_them():
             rank(similarity, query_pids, gallery_pids)
     with pytest.raises(ValueError, match="absent 'ignore' is unknown: accepted are error, skip"):
         query_metrics(similarity, query_pids, gallery_pids, absent="ignore")
+
+
+@pytest.mark.parametrize(("many", "said"), [(10, "7, 8, 9)"), (11, "7, 8, 9, …)")])
+def test_of_many_queries_without_anyone_the_first_ten_are_named(many, said):
+    similarity, query_pids, gallery_pids = gallery()
+    query_pids[:many] = 999
+    with pytest.raises(ValueError, match=rf"{many} of 40 queries .* \(queries 0, 1, .*{re.escape(said)}"):
+        query_metrics(similarity, query_pids, gallery_pids)
 
 
 def test_skipped_queries_have_no_result_and_leave_the_averages_to_the_others():

@@ -29,6 +29,7 @@ _MODULES = (
     "synthetic",
     "text",
     "images",
+    "distributed",
     "batches",
     "model",
     "losses",

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from irra_core.checkpoints import replaced
+from irra_core.distributed import Team
 from irra_core.evaluation import encode_images, encode_texts
 from irra_core.images import UnreadableImages, decode_images
 from irra_core.milvus import Milvus, is_milvus
@@ -53,6 +54,8 @@ class Gallery:
         url: str | None = None,
         progress=None,
         folder: str | Path | None = None,
+        process: int = 0,
+        processes: int = 1,
     ) -> "Gallery":
         """The gallery of a table's photos (columns path and, where known, image_id and pid) or of a folder's.
 
@@ -60,6 +63,8 @@ class Gallery:
         and approximate (see `recall`). With `folder` every 1,024 photos are written there and a second call goes on
         where the first was interrupted. With `url` the gallery is kept in Milvus, and goes on there: a path ending in
         .db is embedded Milvus Lite, http://… a server or a cluster, and #name behind either one of several galleries.
+        Several processes, on one machine or many, fill one folder or url: each is told its number and encodes its
+        share of the photos; when all are done, `Gallery.load` has the whole.
         `recipe` gives the arithmetic (`precision`). Raises ValueError when there is no readable photo, or when folder,
         url or recipe belong to another model.
         """
@@ -69,20 +74,28 @@ class Gallery:
             raise ValueError(
                 f"url is {url!r} and folder {folder!r}: accepted is one, url a path ending in .db or http://…"
             )
+        _check_processes(process, processes, folder or url)
         head = Path(folder) / HEAD if folder else None
-        if head and head.is_file():
-            gallery = cls.load(folder, model, index)
-        elif url:
-            gallery = cls(model, Milvus(url, _width(model), index, model_fingerprint(model)))
-        else:
-            gallery = cls(model, Memory(_width(model), index))
+        gallery = cls._begun(model, index, url, head)
         gallery.precision = recipe.precision if recipe else "auto"
-        if head:
-            _begin_folder(head, model, index)
-        gallery._add(images, progress, folder)
-        _check_filled(gallery, images)
-        if head:
+        photos = _photo_table(images)
+        mine = photos[Team(process, processes).part(len(photos))]
+        gallery._add(mine, progress, folder, (process, processes))
+        if len(mine) or processes == 1:
+            _check_filled(gallery, images)
+        if head and processes == 1:
             gallery._store.save_graph(head.parent)
+        return gallery
+
+    @classmethod
+    def _begun(cls, model, index: str, url: str | None, head: Path | None) -> "Gallery":
+        """What is there already of a gallery, or an empty one."""
+        if url:
+            return cls(model, Milvus(url, _width(model), index, model_fingerprint(model)))
+        if head is None:
+            return cls(model, Memory(_width(model), index))
+        gallery = cls.load(head.parent, model, index) if head.is_file() else cls(model, Memory(_width(model), index))
+        _begin_folder(head, model, index)
         return gallery
 
     @property
@@ -188,11 +201,11 @@ class Gallery:
         """How many photos of a table, a folder or a single file were added; those already here are skipped."""
         return self._add(images, progress)
 
-    def _add(self, images, progress=None, folder: str | Path | None = None) -> int:
+    def _add(self, images, progress=None, folder: str | Path | None = None, numbers: tuple[int, int] = (0, 1)) -> int:
         photos = self._new(_photo_table(images))
         unreadable: list[tuple[str, str]] = []
         shards = _encoded(self.model, photos, self.precision, unreadable, progress)
-        self._store.extend(_written(shards, Path(folder)) if folder else shards)
+        self._store.extend(_written(shards, Path(folder), numbers) if folder else shards)
         listed = DataFrame(unreadable, columns=["path", "reason"], dtype="str")
         earlier = self.unreadable[~self.unreadable.path.isin(photos.path)]
         self.unreadable = pd.concat([earlier, listed], ignore_index=True)
@@ -266,6 +279,13 @@ def _check_filled(gallery: Gallery, images: DataFrame | str | Path) -> None:
         listed = "".join(f"; {row.path}: {row.reason}" for row in gallery.unreadable[:3].itertuples())
         source = "the table" if isinstance(images, DataFrame) else images
         raise ValueError(f"{source} has no photo that can be read ({len(gallery.unreadable)} unreadable{listed})")
+
+
+def _check_processes(process: int, processes: int, place: str | Path | None) -> None:
+    if not 0 <= process < processes:
+        raise ValueError(f"process is {process} of {processes}: accepted is 0 to the number of processes - 1")
+    if processes > 1 and place is None:
+        raise ValueError(f"processes is {processes}, but their shares would meet nowhere: give a folder or a url")
 
 
 def _check_index(index: str) -> str:
@@ -382,17 +402,24 @@ def _read(paths: list[str], size: tuple[int, int]) -> tuple[UInt8[np.ndarray, "n
     return np.frombuffer(content, np.uint8).reshape(-1, 3, *size), reasons
 
 
-def _written(shards: Iterable[Shard], folder: Path) -> Iterator[Shard]:
+def _written(shards: Iterable[Shard], folder: Path, numbers: tuple[int, int]) -> Iterator[Shard]:
     """The same shards, each on disk before it is handed on."""
     for photos, features in shards:
-        _write_part(folder, photos, features)
+        _write_part(folder, photos, features, numbers)
         yield photos, features
 
 
-def _write_part(folder: Path, photos: DataFrame, features: Float32[np.ndarray, "n dim"]) -> None:
-    """A part of a gallery's folder. The features come last: a part without them does not count."""
-    numbers = [int(path.stem.removeprefix("part-")) for path in folder.glob("part-*.safetensors")]
-    part = folder / f"part-{max(numbers, default=-1) + 1:05}"
+def _write_part(
+    folder: Path, photos: DataFrame, features: Float32[np.ndarray, "n dim"], numbers: tuple[int, int] = (0, 1)
+) -> None:
+    """A part of a gallery's folder. The features come last: a part without them does not count.
+
+    Process p of n counts p, p + n, p + 2n, …, so that no two write the same part.
+    """
+    process, processes = numbers
+    taken = [int(path.stem.removeprefix("part-")) for path in folder.glob("part-*.safetensors")]
+    free = max(taken, default=-1) + 1
+    part = folder / f"part-{free + (process - free) % processes:05}"
     with replaced(part.with_suffix(".parquet")) as aside:
         photos.to_parquet(aside)
     arrays = {"features": np.ascontiguousarray(features), "image_id": photos.image_id.to_numpy()}
@@ -401,8 +428,8 @@ def _write_part(folder: Path, photos: DataFrame, features: Float32[np.ndarray, "
 
 
 def _check_free(folder: Path) -> None:
-    """Refuse a folder that holds anything but a gallery."""
-    if folder.exists() and not (folder / HEAD).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    """Refuse a folder that holds anything but a gallery, or one that another process begins at this moment."""
+    if folder.exists() and not (folder / HEAD).is_file() and (not folder.is_dir() or any(folder.glob("[!.]*"))):
         raise ValueError(f"{folder} holds something that is no gallery: give the path of a new folder")
 
 

@@ -352,6 +352,28 @@ def shard(count: int, dim: int = 24, seed: int = 0) -> tuple[DataFrame, np.ndarr
     return rows.astype({"path": "str"}), features
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_the_shares_of_three_processes_are_the_gallery_of_one(model, photos, tmp_path, order):
+    alone = Gallery.build(model, photos)
+    for process in order:
+        Gallery.build(model, photos, folder=tmp_path / "shared", process=process, processes=3)
+    whole = Gallery.load(tmp_path / "shared", model)
+    assert sorted(whole.images.image_id) == sorted(photos.image_id.unique())
+    columns = ["query", "rank", "image_id"]
+    queries = ["a red coat", "a blue shirt"]
+    assert whole.search(queries, k=5)[columns].equals(alone.search(queries, k=5)[columns])
+    parts = len(list((tmp_path / "shared").glob("part-*.safetensors")))
+    assert len(Gallery.build(model, photos, folder=tmp_path / "shared")) == len(alone) == 30
+    assert len(list((tmp_path / "shared").glob("part-*.safetensors"))) == parts == 3
+
+
+def test_shares_without_a_place_to_meet_and_a_process_too_many_are_refused(model, photos, tmp_path):
+    with pytest.raises(ValueError, match=r"processes is 2, but their shares would meet nowhere: give a folder or"):
+        Gallery.build(model, photos, process=1, processes=2)
+    with pytest.raises(ValueError, match=r"process is 2 of 2: accepted is 0 to"):
+        Gallery.build(model, photos, folder=tmp_path / "shared", process=2, processes=2)
+
+
 @pytest.fixture(scope="module")
 def graph() -> Memory:
     """3,000 vectors in an HNSW graph, 100 of them removed again."""

@@ -1,0 +1,102 @@
+"""Several processes on one run folder: the run that one process makes; its errors and its bar where it was started."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import irra_core as irra
+from irra_core import runs
+from irra_core.distributed import ALONE, Team
+from irra_core.training import main, prepare_run, train
+
+
+@pytest.mark.parametrize(("count", "processes"), [(0, 2), (1, 3), (7, 2), (8, 3), (64, 4), (5, 5)])
+def test_shares_are_all_rows_in_order_and_differ_by_at_most_one(count, processes):
+    shares = [list(range(count))[Team(process, processes).part(count)] for process in range(processes)]
+    assert [row for share in shares for row in share] == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_alone_nothing_is_sent():
+    rows = torch.ones(2, 3)
+    assert ALONE.gathered(rows, 2) is rows
+    assert ALONE.told("a") == "a"
+    assert ALONE.leads
+    ALONE.wait()
+
+
+class Bar:
+    """A tqdm-like class that remembers where it has been."""
+
+    seen: list = []  # noqa: RUF012
+
+    def __init__(self, total=None, initial=0, desc=None, **_):
+        self.n, self.total, self.desc = initial, total, desc
+
+    def set_postfix(self, *values, **_):
+        assert not values or set(values[0]) <= {"loss"}
+
+    def update(self, n=1):
+        self.n += n
+        self.seen.append((self.desc, self.n, self.total))
+
+    def close(self):
+        pass
+
+
+def test_a_run_of_two_processes_stopped_and_resumed_is_the_run_of_one(annotations, tiny, tmp_path):
+    """7 test photos and captions: they do not divide by two."""
+    odd = annotations[annotations.image_id != annotations.image_id.max()].reset_index(drop=True)
+    recipe = tiny.replace(precision="fp32", adam_eps=1e-4)  # a smaller one makes steps of the keys' biases' rounding
+    one = list(train(recipe, odd, tmp_path / "one"))
+    stopped = train(recipe, odd, tmp_path / "two", processes=2)
+    rows = [next(stopped)]
+    stopped.close()  # as a kernel that is interrupted does
+    assert not runs.finished(tmp_path / "two")
+    Bar.seen.clear()
+    rows += list(train(recipe, odd, tmp_path / "two", Bar, processes=2))
+    assert Bar.seen[-1] == (recipe.losses, 5, 5)
+    assert [row["step"] for row in rows] == [row["step"] for row in one]
+    for name in one[0]:
+        assert [row[name] for row in rows] == pytest.approx([row[name] for row in one], rel=1e-4), name
+    single, double = (load_file(tmp_path / folder / runs.WEIGHTS) for folder in ("one", "two"))
+    for name, value in single.items():
+        assert (double[name] - value).abs().max() < 1e-3, name
+    queries = [pd.read_csv(tmp_path / folder / "queries.csv") for folder in ("one", "two")]
+    assert queries[0][["pid", "image_id", "hard"]].equals(queries[1][["pid", "image_id", "hard"]])
+    metrics = [json.loads((tmp_path / folder / "metrics.json").read_text()) for folder in ("one", "two")]
+    assert metrics[0]["queries"] == metrics[1]["queries"] == 7
+    for score, found in metrics[0]["untrained"].items():
+        np.testing.assert_allclose(metrics[1]["untrained"][score], found, err_msg=score)
+    assert json.loads((tmp_path / "two" / "machine.json").read_text())["processes"] == 2
+    assert not (tmp_path / "two" / runs.TABLE).exists()
+
+
+def test_what_stops_the_first_process_is_raised_where_it_was_started(annotations, tiny, tmp_path):
+    with runs.locked(tmp_path / "run"), pytest.raises(RuntimeError, match=r"run is being trained by process \d+"):
+        list(train(tiny, annotations, tmp_path / "run", processes=2))
+
+
+@pytest.mark.parametrize("processes", [0, -1, 9])
+def test_a_number_of_processes_without_pairs_is_refused_before_anything_starts(annotations, tiny, tmp_path, processes):
+    with pytest.raises(ValueError, match=rf"processes is {processes}: accepted is from 1 to the batch size, 8"):
+        next(train(tiny, annotations, tmp_path / "run", processes=processes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_prepared_folder_is_trained_by_the_command_and_a_bare_one_names_what_is_missing(
+    annotations, tiny, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("IRRA_REPORTS", str(tmp_path))
+    folder = prepare_run(tiny.replace(max_steps=2), annotations)
+    main([str(folder)])  # without torchrun's environment: one process
+    assert runs.finished(folder)
+    main([str(folder)])  # and nothing more to do
+    (folder / "metrics.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"annotations\.parquet is not there: .*prepare_run"):
+        main([str(folder)])
+    assert irra.distributed.TOLD not in capsys.readouterr().out

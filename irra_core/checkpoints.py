@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from irra_core.adapters import merged
+from irra_core.adapters import is_adapter, merged
 from irra_core.backbone import CHECKSUM, checksum, fill, learned, new_clip, patch_grid, read_weights
 from irra_core.interaction import CrossEncoder
 from irra_core.model import IRRA, build_model, seeded
-from irra_core.recipes import PLAIN, Recipe, read_recipe
+from irra_core.recipes import Recipe, read_recipe
 
 FORMAT = "irra-core checkpoint 1"
 
@@ -35,14 +35,21 @@ RELEASED_NAMES = {
 _INTERACTION = ("cross_attn.", "cross_modal_transformer.", "ln_pre_t.", "ln_pre_i.", "ln_post.", "mlm_head.")
 
 
-def save_checkpoint(model: IRRA, recipe: Recipe, path: str | Path) -> None:
-    """Write the model's weights, adapters merged, and its recipe to a safetensors file, complete or not at all."""
+def save_checkpoint(model: IRRA, recipe: Recipe, path: str | Path, merge: bool = True) -> None:
+    """Write the model's weights and its recipe to a safetensors file, complete or not at all.
+
+    Adapters are merged into the matrices that they change, so that a reader need not know of them; or kept apart.
+    """
     num_ids = model.classifier.out_features if model.classifier is not None else 0
-    save_tensors(merged(model), path, {"format": FORMAT, "recipe": recipe.to_json(), "num_ids": str(num_ids)})
+    state = merged(model) if merge else model.state_dict()
+    save_tensors(state, path, {"format": FORMAT, "recipe": recipe.to_json(), "num_ids": str(num_ids)})
 
 
 def load_checkpoint(path: str | Path) -> tuple[IRRA, Recipe]:
-    """The model that `save_checkpoint` wrote, on the CPU, and its recipe. Raises ValueError for any other file."""
+    """The model that `save_checkpoint` wrote, on the CPU, and its recipe; what was frozen, is.
+
+    Raises ValueError for any other file.
+    """
     tensors, metadata = read_weights(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is no checkpoint of this library: read one of the released code's with load_official")
@@ -52,7 +59,8 @@ def load_checkpoint(path: str | Path) -> tuple[IRRA, Recipe]:
         raise ValueError(
             f"{path} does not say what model it holds ({error}): read it with the version of this library that wrote it"
         ) from error
-    model = build_model(recipe.replace(**PLAIN), num_ids)
+    rank = recipe.adapter_rank if any(is_adapter(name) for name in tensors) else 0
+    model = build_model(recipe.replace(pretrained="none", pretrained_towers="both", adapter_rank=rank), num_ids)
     fill(learned(model.state_dict()), learned(tensors), str(path))
     return model, recipe
 

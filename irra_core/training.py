@@ -329,7 +329,7 @@ class _Run:
         batch = vars(self.batches.at(step))
         batch["image_ids"] = self.batches.images[batch["rows"].cpu()]
         said = {"step": str(step + 1), "lr": str(lr), "parts": json.dumps({n: str(v) for n, v in parts.items()})}
-        save_checkpoint(self.model, self.recipe, self.folder / runs.FAILED)
+        save_checkpoint(self.model, self.recipe, self.folder / runs.FAILED, merge=False)
         save_tensors(batch, self.folder / runs.FAILED_BATCH, said)
 
     def evaluation_row(self, losses: list[float]) -> dict[str, Any]:
@@ -420,8 +420,8 @@ class _Run:
         """
         recipe = self.recipe
         metrics: dict[str, Any] = {"selected": {"on": recipe.select_on, "step": self.best.step}} | counted
+        merge(self.model)
         if (self.annotations.split == "test").any():
-            merge(self.model)
             self.team.wait()  # until process 0 has written them
             load_weights(self.model, self.folder / runs.WEIGHTS)
             trained = self.evaluated(self.model, "test")

@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 import irra_core as irra
 from irra_core import runs, training
 from irra_core.adapters import MATRICES, is_adapter, merge, merged
+from irra_core.batches import Batch
 from irra_core.checkpoints import save_official
+from irra_core.objective import Objective
 from irra_core.training import build_optimiser, learning_rate_and_decay, train
 
 IMAGES = torch.randn(3, 3, 96, 32, generator=torch.Generator().manual_seed(0))
@@ -212,6 +214,53 @@ def test_a_run_with_adapters_that_explodes_computes_the_same_loss_again(adapted,
     with pytest.raises(FloatingPointError) as error:
         list(train(recipe, annotations, tmp_path / "run"))
     assert str(training.replay(tmp_path / "run")) in str(error.value)
+
+
+@pytest.mark.parametrize("changes", [{"adapter_rank": 2}, {"frozen": "image"}], ids=["adapters", "frozen"])
+def test_a_step_is_computed_again_from_what_was_kept_unmerged_with_the_gradient_of_what_learns(changes, tmp_path):
+    recipe = irra.recipe(pretrained="none", **changes)
+    model = moved(**changes).float()
+    irra.save_checkpoint(model, recipe, tmp_path / "kept.safetensors", merge=False)
+    again, _ = irra.load_checkpoint(tmp_path / "kept.safetensors")
+    for each in (model, again):
+        loss_and_gradients(each, recipe)
+    found, expected = (
+        {name: parameter.grad for name, parameter in each.named_parameters() if parameter.requires_grad}
+        for each in (again, model)
+    )
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"adapter_rank": 2}, {"frozen": "image"}, {"frozen": "text", "adapter_rank": 2}, {"frozen": "both"}],
+    ids=str,
+)
+def test_a_batch_in_pieces_gives_what_learns_the_gradient_of_the_whole(changes):
+    recipe = irra.recipe(pretrained="none", **changes)
+    models = [moved(**changes) for _ in range(2)]
+    whole, pieces = (
+        loss_and_gradients(model, recipe.replace(micro_batch=size)) for model, size in zip(models, (None, 2))
+    )
+    torch.testing.assert_close(pieces, whole, rtol=1e-10, atol=0)
+    for (name, found), (_, expected) in zip(*(model.named_parameters() for model in reversed(models)), strict=True):
+        assert (found.grad is None) == (not found.requires_grad), name
+        if found.grad is not None:
+            torch.testing.assert_close(found.grad, expected.grad, rtol=1e-8, atol=1e-12)
+
+
+def loss_and_gradients(model, recipe):
+    """The loss parts of one batch of five pairs; gradients are left in the model."""
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(5, 3, 96, 32, generator=generator).to(model.clip.visual.proj.dtype)
+    tokens = torch.cat([TOKENS, TOKENS[:2]])
+    labels = torch.where((tokens > 0) & (tokens < 49406), tokens, 0)
+    pids = torch.tensor([0, 1, 2, 0, 4])
+    batch = Batch(
+        images, tokens, tokens.masked_fill(labels != 0, 49405), labels, pids, torch.arange(5), pids, (labels != 0).sum()
+    )
+    return Objective(model, recipe, "fp32")(batch)
 
 
 def test_half_precision_weights_learn_through_adapters(adapted, annotations, tmp_path):

@@ -27,6 +27,7 @@ USED_BY = {  # fields that only some losses read: changed without them, they wou
 # of weights made before such a field existed stays valid.
 NEUTRAL = {"frozen": "none", "adapter_rank": 0, "micro_batch": None, "unreadable": "leave_out"}
 PLAIN = {"pretrained": "none", "pretrained_towers": "both"} | NEUTRAL  # a model of random weights that all learn
+OPENAI = tuple(f"ViT-{size}-quickgelu" for size in ("B-16", "B-32", "L-14", "L-14-336"))  # backbones with that tag
 DOMAINS = ("street", "night", "campus", "general")
 SMOKE_IDENTITIES, SMOKE_STEPS = 24, 3  # what IRRA_SMOKE=1 leaves of a run
 
@@ -461,6 +462,11 @@ def _check_backbone(recipe: Recipe) -> None:
         raise ValueError(
             "pretrained 'general' is the small CLIP's: give an open_clip tag (openai), a file or none "
             f"to backbone {recipe.backbone!r}"
+        )
+    if recipe.pretrained == "openai" and recipe.backbone not in OPENAI:
+        raise ValueError(
+            f"pretrained 'openai' does not fit backbone {recipe.backbone!r}: OpenAI's weights are those of "
+            f"{', '.join(OPENAI)}. Take one of these, or give another of open_clip's tags, a file or none"
         )
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 import irra_core as irra
-from irra_core.recipes import LOSS_NAMES, NEUTRAL, PRESETS, RECIPES, Recipe, backbones, read_recipe
+from irra_core.recipes import LOSS_NAMES, NEUTRAL, OPENAI, PRESETS, RECIPES, Recipe, backbones, read_recipe
 
 
 def test_the_cuhk_recipe_carries_the_papers_numbers():
@@ -48,7 +48,12 @@ def test_none_means_what_the_recipe_says_and_zero_is_a_value():
 
 @pytest.mark.parametrize(
     ("backbone", "size"),
-    [("ViT-B-16", (384, 128, 16)), ("ViT-B-32", (384, 128, 32)), ("ViT-L-14", (378, 126, 14)), ("small", (96, 32, 8))],
+    [
+        ("ViT-B-16-quickgelu", (384, 128, 16)),
+        ("ViT-B-32-quickgelu", (384, 128, 32)),
+        ("ViT-L-14-quickgelu", (378, 126, 14)),
+        ("small", (96, 32, 8)),
+    ],
 )
 def test_a_backbones_patches_lie_side_by_side_and_fill_the_image_unless_told_otherwise(backbone, size):
     made = irra.recipe("rstp", backbone=backbone)
@@ -110,10 +115,12 @@ def test_a_recipe_survives_json():
         ({"adapter_rank": -1}, ValueError, ["'adapter_rank'", "at least 0"]),
         ({"stride": 9}, ValueError, ["stride 9, patch 8, image 96×32", "stride ≤ patch ≤ image"]),
         (
-            {"dataset": "rstp", "backbone": "ViT-L-14", "stride": 16},
+            {"dataset": "rstp", "backbone": "ViT-L-14", "pretrained": "none", "stride": 16},
             ValueError,
             ["stride 16, patch 14, image 378×126", "stride ≤ patch"],
         ),
+        ({"dataset": "rstp", "backbone": "ViT-L-14"}, ValueError, ["'openai' does not fit", "ViT-L-14-quickgelu"]),
+        ({"backbone": "ViT-H-14"}, ValueError, ["'openai' does not fit backbone 'ViT-H-14'", "open_clip's tags"]),
         ({"backbone": "ViT-B-32", "pretrained": "none", "image_width": 24}, ValueError, ["patch 32, image 384×24"]),
         ({"pretrained": "openai"}, ValueError, ["'openai'", "general", "none"]),
         ({"interaction": "crss"}, ValueError, ["did you mean 'cross'?"]),
@@ -158,6 +165,8 @@ def test_the_names_known_without_torch_are_the_names_that_exist():
     assert (
         {"ViT-B-16", "ViT-L-14", "ViT-B-16-quickgelu"} <= set(backbones()) - {"small"} <= set(open_clip.list_models())
     )
+    tagged = {name for name in backbones() if name != "small" and open_clip.get_pretrained_cfg(name, "openai")}
+    assert set(OPENAI) == {name for name in tagged if open_clip.get_model_config(name).get("quick_gelu")}
 
 
 def test_the_table_shows_every_field_and_escapes_it():

@@ -3,10 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 REPORTS := $(or $(IRRA_REPORTS),reports)
 LATEST := $(REPORTS)$(if $(filter-out 0,$(IRRA_SMOKE)),/smoke)/latest
+BENCH := $(REPORTS)$(if $(filter-out 0,$(IRRA_SMOKE)),/smoke)/benchmark
 ARGS ?=
 DATASET ?= synthetic
 
-.PHONY: train test test-long lab lock lint notebooks report studies explorer bench-explorer browser
+.PHONY: train test test-long lab lock lint notebooks report studies explorer bench bench-explorer browser
 
 train: .venv/ready  ## trains on the default data set; ARGS="-p dataset rstp -p epochs 1" goes to papermill
 	@mkdir -p "$(REPORTS)"
@@ -58,6 +59,11 @@ lab: .venv/ready  ## JupyterLab in the notebooks folder
 explorer: .venv/ready  ## serves the explorer without its code, on this machine only, to who has the token; it loads nothing from elsewhere
 	$(BIN)/voila notebooks/explorer.ipynb --Voila.ip=127.0.0.1 --token \
 		--Voila.tornado_settings='{"headers": {"Content-Security-Policy": "default-src '\''self'\'' '\''unsafe-inline'\'' '\''unsafe-eval'\'' data: blob:"}}'
+
+bench: .venv/ready  ## times training, evaluation and loading; ARGS="-p official /path/to/IRRA" runs the released code beside it
+	@mkdir -p "$(BENCH)"
+	$(BIN)/papermill notebooks/benchmark.ipynb "$(BENCH)/benchmark.ipynb" $(ARGS)
+	@cat "$(BENCH)/benchmark.md"
 
 bench-explorer: .venv/ready  ## milliseconds from a key press to the grid over 100,000 photos, measured in Chromium
 	@$(BIN)/python benchmarks/explorer.py

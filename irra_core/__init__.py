@@ -38,6 +38,7 @@ _MODULES = (
     "evaluation",
     "runs",
     "training",
+    "benchmark",
     "studies",
     "leaks",
     "transfer",

@@ -283,6 +283,56 @@ def gain_dots(
     return _finish(ax, grid="x")
 
 
+def speedups(results: DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Axes with how many times as fast each work is as what it is compared with, its target as a tick; 1 is marked.
+
+    results: columns `what, ratio, target`, in this order from top to bottom; a target may be NaN, and its bar is grey.
+    """
+    ax = plt.gca() if ax is None else ax
+    reached = (results["ratio"] >= results["target"]).where(results["target"].notna())
+    colors = [QUIET if pd.isna(met) else RIGHT if met else WRONG for met in reached]
+    places = np.arange(len(results))
+    ax.barh(places, results["ratio"] - 1, left=1, height=0.55, color=colors)
+    ax.plot(results["target"], places, "|", color=INK, markersize=20, markeredgewidth=2, label="target")
+    for place, ratio in zip(places, results["ratio"], strict=True):
+        side, align = (5, "left") if ratio >= 1 else (-5, "right")
+        text = f"{ratio:.2g}×" if ratio < 100 else f"{ratio:.0f}×"
+        ax.annotate(text, (ratio, place), (side, 9), textcoords="offset points", ha=align, fontsize=9, color=INK)
+    ax.axvline(1, color=QUIET, linewidth=1.2)
+    ax.set_xscale("log")
+    ax.margins(x=0.12)
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+    ax.xaxis.set_minor_formatter(lambda value, _: "")
+    ax.set_yticks(places, [_wrap(name, 44, most=2) for name in results["what"]])
+    ax.invert_yaxis()
+    ax.set(xlabel="times as fast", ylabel="")
+    if results["target"].notna().any():
+        ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return _finish(ax, grid="x")
+
+
+def time_parts(parts: DataFrame, *, hue: str | None = None, ax: Axes | None = None) -> Axes:
+    """Axes with the time of each part of a work in milliseconds, one bar a value of `hue`, its share written beside.
+
+    parts: columns `part, seconds, share` (per cent) and `hue`, in this order from top to bottom.
+    """
+    ax = plt.gca() if ax is None else ax
+    names = list(dict.fromkeys(parts["part"]))
+    groups = [(None, parts)] if hue is None else list(parts.groupby(hue, sort=False))
+    height = 0.8 / len(groups)
+    for number, ((label, rows), color) in enumerate(zip(groups, PALETTE, strict=False)):
+        places = [names.index(name) + height * (number - (len(groups) - 1) / 2) for name in rows["part"]]
+        bars = ax.barh(places, 1000 * rows["seconds"], height=0.9 * height, color=color, label=label)
+        ax.bar_label(bars, [f"{share:.0f} %" for share in rows["share"]], padding=4, fontsize=8, color=INK)
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.margins(x=0.1)
+    ax.set(xlabel="milliseconds", ylabel="")
+    if hue is not None:
+        ax.legend(frameon=False, title=hue, loc="lower right")
+    return _finish(ax, grid="x")
+
+
 def caption_lengths(annotations: DataFrame, *, hue: str | None = "split", ax: Axes | None = None) -> Axes:
     """Axes with how many words the captions have, as a share of each split's captions.
 

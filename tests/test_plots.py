@@ -261,3 +261,24 @@ def test_a_mean_beyond_its_intervals_end_is_drawn():
     ax = plots.interval_dots(table, metric="R1", by="name")
     (bar,) = [line for collection in ax.collections for line in collection.get_segments()]
     assert sorted(bar[:, 0]) == [95.0, 99.9]
+
+
+def test_speedups_draws_a_bar_from_one_to_each_ratio_and_says_which_meet_their_target():
+    table = DataFrame({"what": ["met", "missed", "no target"], "ratio": [8.0, 0.5, 3.0], "target": [4.0, 0.8, np.nan]})
+    ax = plots.speedups(table, ax=Figure().subplots())
+    assert [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in ax.patches] == [(1, 8), (1, 0.5), (1, 3)]
+    assert [to_hex(bar.get_facecolor()).upper() for bar in ax.patches] == [plots.RIGHT, plots.WRONG, plots.QUIET]
+    assert texts(ax) == ["8×", "0.5×", "3×"]
+    assert list(ax.lines[0].get_xdata())[:2] == [4.0, 0.8]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["met", "missed", "no target"]
+    assert ax.yaxis_inverted()
+
+
+def test_time_parts_draws_milliseconds_a_bar_a_precision_with_the_shares_beside():
+    table = DataFrame({"part": ["forward", "backward"] * 2, "seconds": [0.1, 0.2, 0.03, 0.09],
+                       "share": [33.3, 66.7, 25.0, 75.0], "precision": ["fp32"] * 2 + ["bf16"] * 2})  # fmt: skip
+    ax = plots.time_parts(table, hue="precision", ax=Figure().subplots())
+    assert [bar.get_width() for bar in ax.patches] == pytest.approx([100, 200, 30, 90])
+    assert texts(ax) == ["33 %", "67 %", "25 %", "75 %"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["fp32", "bf16"]
+    assert ax.patches[0].get_y() < ax.patches[2].get_y() < ax.patches[1].get_y()  # grouped by part

@@ -1,0 +1,627 @@
+"""The works that a user waits for → `Row`s: seconds, rates and memory, the released code's beside ours, targets."""
+
+import contextlib
+import datetime
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from pandas import DataFrame
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from irra_core import released
+from irra_core.annotations import photo_table
+from irra_core.batches import Batch, Batches
+from irra_core.evaluation import encode_images, evaluate
+from irra_core.images import cache_root, image_array, open_annotations
+from irra_core.metrics import query_metrics_from_features, retrieval_metrics
+from irra_core.model import IRRA, build_model
+from irra_core.objective import loss_parts
+from irra_core.recipes import Recipe, recipe, smoke
+from irra_core.text import tokenize
+from irra_core.training import build_optimiser, step_precision
+
+EQUAL_LOSSES = 1e-3  # relative: both codes on one batch in single precision, so that it is the same work
+EQUAL_SCORES = 1e-4  # per cent
+GALLERY = {"queries": 6_156, "gallery": 3_074, "people": 1_000}  # CUHK-PEDES's test split
+PHOTOS_A_PERSON = 20  # of the large galleries; ICFG-PEDES has 19,848 test photos of 1,000 people
+CUHK_TRAIN = {"photos": 34_054, "captions": 68_126, "people": 11_003}
+FEATURE_WIDTH = 512  # ViT-B/16's
+LIMIT_SIZES = {"cpu": (1_536, 2**28), "cuda": (8_192, 2**30)}  # side of the square matrices, bytes copied
+GIB = 2**30
+IMPORT = "import time; t = time.perf_counter(); import irra_core; print(time.perf_counter() - t)"
+
+
+class Target(NamedTuple):
+    """What a row should reach: of its `ratio` to the other code or of `ours`, at least (≥) or at most (≤) a value."""
+
+    of: str
+    sign: str
+    value: float
+
+    def met(self, value: int | float) -> bool:
+        """True where the value reaches the target."""
+        return value >= self.value if self.sign == "≥" else value <= self.value
+
+
+@dataclass(kw_only=True)
+class Row:
+    """One measured number: ours, each repeat; the other code's where it was measured; what it should be.
+
+    A unit that ends in "/s" is better when larger, all others when smaller. `reached` are the FLOP/s or bytes/s of our
+    median, of the machine's measured `limit`.
+    """
+
+    work: str
+    what: str
+    unit: str
+    ours: list[float] | None = None
+    other: list[float] | None = None
+    other_name: str = "released code"
+    target: Target | None = None
+    limit: str | None = None
+    reached: float | None = None
+    note: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times better than the other code, of the medians."""
+        if not self.ours or not self.other:
+            return None
+        ours, other = median(self.ours), median(self.other)
+        return ours / other if self.unit.endswith("/s") else other / ours
+
+    def to_dict(self, limits: Mapping[str, float]) -> dict[str, Any]:
+        """The row as the JSON keeps it, its load and its time of measurement with it."""
+        value = self.ratio if self.target and self.target.of == "ratio" else median(self.ours) if self.ours else None
+        judged = self.target is not None and value is not None and not smoke()
+        return {
+            "work": self.work,
+            "what": self.what,
+            "unit": self.unit,
+            "ours": _summary(self.ours),
+            "other": _summary(self.other),
+            "other_name": self.other_name,
+            "ratio": self.ratio,
+            "target": self.target._asdict() if self.target else None,
+            "met": self.target.met(value) if judged else None,
+            "limit": self.limit,
+            "share_of_limit": self.reached / limits[self.limit] if self.reached and self.limit else None,
+            "note": self.note,
+            "load": round(os.getloadavg()[0], 2),
+            "measured": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+
+
+def _summary(values: list[float] | None) -> dict[str, Any] | None:
+    return {"min": min(values), "median": median(values), "max": max(values), "all": values} if values else None
+
+
+@dataclass
+class Bench:
+    """What the rows share: the device, how often to measure, the released code if given, and the rendered people."""
+
+    device: torch.device
+    repeats: int
+    code: released.Code | None = None
+    root: str | Path | None = None
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    @functools.cached_property
+    def annotations(self) -> DataFrame:
+        """The synthetic data set, rendered first where it is not there yet."""
+        return open_annotations(recipe("synthetic"), self.root)
+
+    def size(self, name: str, full: int, shrunk: int) -> int:
+        """A size of the work: as in the targets, or shrunken with IRRA_SMOKE=1."""
+        return self.sizes.get(name, shrunk if smoke() else full)
+
+
+def measure_limits(device: torch.device) -> dict[str, float]:
+    """The best of ten: FLOP/s of a large matrix product in fp32 and bf16, bytes/s of a copy (read and written)."""
+    side, size = LIMIT_SIZES[device.type] if not smoke() else (256, 2**20)
+    found = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        seconds = interleave({"product": lambda a=left, b=right: a @ b}, 10, device)["product"]
+        found[name] = 2 * side**3 / min(seconds)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = interleave({"copy": lambda: target.copy_(source)}, 10, device)["copy"]
+    return found | {"memory": 2 * size / min(seconds)}
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], object]], repeats: int, device: torch.device | None = None
+) -> dict[str, list[float]]:
+    """Seconds of each call, in turns: a first round that does not count, then `repeats` rounds.
+
+    In turns, because whatever else the machine does meanwhile then slows all of them alike.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats + 1):
+        for name, call in calls.items():
+            spent = seconds_of(call, device)
+            if turn:
+                seconds[name].append(spent)
+    return seconds
+
+
+def seconds_of(call: Callable[[], object], device: torch.device | None = None) -> float:
+    _wait(device)
+    began = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - began
+
+
+def _wait(device: torch.device | None) -> None:
+    """Until the device has done what it was asked."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def small_step(bench: Bench) -> list[Row]:
+    """A training step of the synthetic recipe."""
+    chosen = recipe("synthetic", pretrained="none", batch_size=bench.size("batch", 64, 4))
+    own = step_precision(chosen.precision, bench.device)
+    return _step_rows(bench, "step", chosen, 500, {own: Target("ratio", "≥", 8)})
+
+
+def paper_step(bench: Bench) -> list[Row]:
+    """A training step of the paper's model, in small batches; IRRA_SMOKE=1 takes the little CLIP for it."""
+    size = {"backbone": "small"} if smoke() else {}
+    chosen = recipe("cuhk", pretrained="none", batch_size=bench.size("paper batch", 8, 2), **size)
+    people = bench.size("people", CUHK_TRAIN["people"], 24)
+    return _step_rows(
+        bench, "paper-step", chosen, people, {"fp32": Target("ratio", "≥", 1.4), "bf16": Target("ratio", "≥", 4.5)}
+    )
+
+
+def _step_rows(bench: Bench, work: str, chosen: Recipe, people: int, targets: Mapping[str, Target]) -> list[Row]:
+    """A row a precision: our step as users run it, in turns with the released one on the same batch and weights."""
+    batch = _batch(bench, chosen)
+    model = build_model(chosen, people).to(bench.device).train()
+    optimiser = build_optimiser(model, chosen)
+    calls = {p: lambda p=p: _step(model, optimiser, batch, chosen, p) for p in ("bf16", "fp32")}
+    if bench.code:
+        theirs = released.build(bench.code, model, chosen, bench.device).train()
+        their_batch = released.batch_of(batch)
+        _check_same_losses(model, batch, chosen, released.losses(theirs, their_batch))
+        their_optimiser = released.build_optimiser(bench.code, theirs, chosen)
+        calls["released"] = lambda: released.step(theirs, their_optimiser, their_batch)
+    seconds = interleave(calls, bench.repeats, bench.device)
+    with FlopCounterMode(display=False) as counted:
+        _step(model, optimiser, batch, chosen, "fp32")
+    shape = f"{chosen.backbone} {chosen.image_height}×{chosen.image_width}, batch {chosen.batch_size}"
+    own = step_precision(chosen.precision, bench.device)
+    return [
+        Row(
+            work=work,
+            what=f"training step, {shape}, {precision}{', what the recipe takes here' if precision == own else ''}",
+            unit="s",
+            ours=seconds[precision],
+            other=seconds.get("released"),
+            target=targets.get(precision),
+            limit=precision,
+            reached=counted.get_total_flops() / median(seconds[precision]),
+        )
+        for precision in ("bf16", "fp32")
+    ]
+
+
+def _step(model: IRRA, optimiser: torch.optim.Optimizer, batch: Batch, chosen: Recipe, precision: str) -> None:
+    """One training step on a batch that is there, as `train` makes it."""
+    loss = torch.stack(list(loss_parts(model, batch, chosen, precision).values())).sum()
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    optimiser.step()
+
+
+def _batch(bench: Bench, chosen: Recipe) -> Batch:
+    """One batch of the recipe: rendered people's captions, and noise for photos, which costs the same."""
+    return noise_batches(bench, chosen, chosen.batch_size).at(0)
+
+
+def noise_batches(bench: Bench, chosen: Recipe, captions: int, photos: int | None = None) -> Batches:
+    """Batches of so many train captions, drawn from the rendered people's, over noise photos on the device."""
+    train = bench.annotations.query("split == 'train'")
+    train = train.sample(captions, replace=captions > len(train), random_state=0).reset_index(drop=True)
+    train = train.assign(image_id=np.arange(captions) % (photos or captions))
+    shape = (photos or captions, 3, chosen.image_height, chosen.image_width)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=bench.device)
+    return Batches(train, pixels, tokenize(list(train.caption)), chosen, bench.device)
+
+
+def _check_same_losses(model: IRRA, batch: Batch, chosen: Recipe, theirs: Mapping[str, Tensor]) -> None:
+    """Raise RuntimeError unless both codes' losses agree; ours attends to padding meanwhile, as the released one."""
+    attends, model.padding_attention = model.padding_attention, True
+    with torch.no_grad():
+        ours = loss_parts(model, batch, chosen, "fp32")
+    model.padding_attention = attends
+    allowed = 0.05 if batch.pids.device.type == "cuda" else EQUAL_LOSSES  # there the released code computes in fp16
+    for name, value in ours.items():
+        other = theirs[f"{name}_loss"].item()
+        if abs(value.item() - other) > allowed * abs(other):
+            raise RuntimeError(
+                f"not the same work: loss {name} is {value.item():.6g} here, {other:.6g} in the released code"
+            )
+
+
+def ranking(bench: Bench) -> list[Row]:
+    """Scores of a similarity matrix, as large as CUHK-PEDES's test split, beside the released rank()."""
+    sizes = [bench.size(name, full, full // 100) for name, full in GALLERY.items()]
+    query, gallery, query_pids, gallery_pids = _planted(*sizes)
+    similarity = (query @ gallery.T).to(bench.device)
+    calls = {"ours": lambda: retrieval_metrics(similarity, query_pids, gallery_pids)}
+    note = ""
+    if bench.code:
+        calls["released"] = lambda: released.rank(bench.code, similarity, query_pids, gallery_pids)
+        ours, theirs = calls["ours"](), calls["released"]()
+        largest = max(abs(ours[name] - theirs[name]) for name in ours)
+        if largest > EQUAL_SCORES:
+            raise RuntimeError(f"not the same work: scores {ours} here, {theirs} in the released code")
+        note = f"scores differ by at most {largest:.1e} per cent"
+    seconds = interleave(calls, bench.repeats, bench.device)
+    return [
+        Row(
+            work="rank",
+            what=f"retrieval_metrics, {sizes[0]:,} × {sizes[1]:,}",
+            unit="s",
+            ours=seconds["ours"],
+            other=seconds.get("released"),
+            target=Target("ratio", "≥", 2),
+            limit="memory",
+            reached=similarity.nbytes / median(seconds["ours"]),
+            note=note,
+        )
+    ]
+
+
+def _planted(
+    queries: int, gallery: int, people: int, width: int = FEATURE_WIDTH
+) -> tuple[Float[Tensor, "q d"], Float[Tensor, "g d"], Int[Tensor, " q"], Int[Tensor, " g"]]:
+    """L2-normalised features of people who can be told apart, but not always, and their identities."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(people, width, generator=generator)
+    found, pids = [], []
+    for count in (queries, gallery):
+        pids.append(torch.arange(count) % people)
+        features = torch.randn(count, width, generator=generator).mul_(3)
+        for start in range(0, count, 4096):  # in pieces: the features alone are to count in the peak
+            features[start : start + 4096] += centres[pids[-1][start : start + 4096]]
+        found.append(F.normalize(features, dim=1, out=features))
+    return *found, *pids
+
+
+def large_ranking(bench: Bench) -> list[Row]:
+    """Scores from features, as many as ICFG-PEDES's test split has: time and memory."""
+    count = bench.size("features", 19_848, 400)
+    return _ranking_rows(bench, "rank-19848", count, bench.repeats, Target("ours", "≤", 10), 1)
+
+
+def larger_ranking(bench: Bench) -> list[Row]:
+    """Scores from features of 100,000 photos and as many sentences, once: it takes minutes."""
+    return _ranking_rows(bench, "rank-100000", bench.size("many features", 100_000, 800), 1, None, 2)
+
+
+def _ranking_rows(bench: Bench, work: str, count: int, repeats: int, target: Target | None, most_gib: int) -> list[Row]:
+    """Seconds and peak memory above the features of ranking count × count, each time in a process of its own."""
+    source = "import sys; from irra_core.workloads import ranking_cost; print(ranking_cost(*map(int, sys.argv[1:])))"
+    found = []
+    for _ in range(repeats):
+        said = _in_child(source, str(count), str(torch.get_num_threads()))
+        found.append([float(number) for number in said.strip("()\n").split(",")])
+    seconds, memory = ([row[place] for row in found] for place in (0, 1))
+    what = f"scores from features, {count:,} × {count:,}"
+    reached = 2 * count**2 * FEATURE_WIDTH / median(seconds)
+    return [
+        Row(work=work, what=what, unit="s", ours=seconds, target=target, limit="fp32", reached=reached),
+        Row(
+            work=work,
+            what=f"{what}: memory above the features",
+            unit="GiB",
+            ours=memory,
+            target=Target("ours", "≤", most_gib),
+        ),
+    ]
+
+
+def ranking_cost(count: int, threads: int) -> tuple[float, float]:
+    """Seconds, and peak GiB above the features, of ranking count × count features; for a process of its own."""
+    torch.set_num_threads(threads)
+    query_metrics_from_features(*_planted(64, 64, 8))  # what torch allocates on first use is not ours
+    features = _planted(count, count, max(count // PHOTOS_A_PERSON, 2))
+    before = _forget_peak()
+    seconds = seconds_of(lambda: query_metrics_from_features(*features))
+    return seconds, (_memory("VmHWM") - before) / GIB
+
+
+def _forget_peak() -> int:
+    """Bytes that this process holds now; its peak is counted from here."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return _memory("VmRSS")
+
+
+def _memory(name: str) -> int:
+    """Bytes of a memory figure that Linux keeps of this process (elsewhere the peak alone is known)."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    line = next(line for line in status.read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def _in_child(source: str, *arguments: str) -> str:
+    """What a fresh Python prints. Raises RuntimeError with its last words if it fails."""
+    ended = subprocess.run([sys.executable, "-c", source, *arguments], capture_output=True, text=True)
+    if ended.returncode:
+        last = (ended.stderr.strip().splitlines() or ["nothing"])[-1]
+        raise RuntimeError(f"a measuring process ended with {ended.returncode} and said {last!r}: is memory short?")
+    return ended.stdout
+
+
+def evaluation(bench: Bench) -> list[Row]:
+    """Scoring a model on the synthetic test split, both directions with intervals, beside the released evaluation."""
+    chosen, annotations = recipe("synthetic", pretrained="none"), bench.annotations
+    pixels = image_array(list(photo_table(annotations).path), chosen.image_height, chosen.image_width).pixels
+    model = build_model(chosen, 500).to(bench.device)
+    inside, outside, scores = {}, [], {}
+
+    def ours() -> None:
+        inside.clear()
+        began = time.perf_counter()
+        with clock(model, "encode_image", "encoders", inside), clock(model, "encode_text", "encoders", inside):
+            scores["ours"] = evaluate(model, annotations, pixels=pixels).metrics["text_to_image"]["R1"][0]
+        outside.append(100 * (1 - inside["encoders"] / (time.perf_counter() - began)))
+
+    calls: dict[str, Callable[[], Any]] = {"ours": ours}
+    if bench.code:
+        theirs = released.build(bench.code, model, chosen, bench.device)
+        calls["released"] = lambda: scores.update(released=released.evaluate(bench.code, theirs, annotations, chosen))
+    seconds = interleave(calls, bench.repeats, bench.device)
+    with FlopCounterMode(display=False) as counted:
+        ours()
+    reached = counted.get_total_flops() / median(seconds["ours"])
+    captions = int((annotations.split == "test").sum())
+    note = f"R@1 {scores['ours']:.2f} here, {scores['released']:.2f} there" if bench.code else ""
+    share = Row(work="evaluation", what="evaluation: what is not its encoders", unit="% of the time")
+    share.ours, share.target = outside[1 : bench.repeats + 1], Target("ours", "≤", 5)
+    whole = Row(work="evaluation", what=f"evaluation, {captions:,} captions", unit="s", note=note, ours=seconds["ours"])
+    whole.other, whole.limit, whole.reached = seconds.get("released"), "fp32", reached
+    return [whole, share]
+
+
+@contextlib.contextmanager
+def clock(owner: Any, name: str, part: str, spent: dict[str, float], device=None) -> Iterator[None]:
+    """Within, the time of each call of owner.name is added to spent[part]."""
+    inner = getattr(owner, name)
+
+    def timed(*arguments: Any, **named: Any) -> Any:
+        _wait(device)
+        began = time.perf_counter()
+        try:
+            return inner(*arguments, **named)
+        finally:
+            _wait(device)
+            spent[part] = spent.get(part, 0.0) + time.perf_counter() - began
+
+    setattr(owner, name, timed)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+
+
+def decoding(bench: Bench) -> list[Row]:
+    """Decoding photos into the cache beside Pillow alone, at the paper's size and the small one; finding them again."""
+    return [row for size in ((384, 128), (96, 32)) for row in _decoding_rows(bench, *size)]
+
+
+def _decoding_rows(bench: Bench, height: int, width: int) -> list[Row]:
+    """One size's rows; every repeat fills a cache folder of its own on the cache's disk."""
+    files, spent, later = list(photo_table(bench.annotations).path), [], []
+    cache_root().mkdir(parents=True, exist_ok=True)
+
+    def ours() -> None:
+        with tempfile.TemporaryDirectory(dir=cache_root()) as folder, _environment(IRRA_CACHE=folder):
+            spent.append(seconds_of(lambda: image_array(files, height, width)))
+            later.append(seconds_of(lambda: image_array(files, height, width)))
+
+    pillow = interleave({"ours": ours, "pillow": lambda: _pillow_alone(files, height, width)}, bench.repeats)["pillow"]
+    rates = [[len(files) / value for value in values] for values in (spent[1:], pillow)]
+    first = Row(work="decode", what=f"decode and cache {len(files):,} photos at {height}×{width}", unit="photos/s")
+    first.ours, first.other, first.other_name, first.target = *rates, "Pillow alone", Target("ratio", "≥", 0.8)
+    again = Row(work="decode", what=f"find them again at {height}×{width}", unit="s", target=Target("ours", "≤", 1))
+    again.ours = later[1:]
+    return [first, again]
+
+
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Environment variables that hold within."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _pillow_alone(files: list[str], height: int, width: int) -> None:
+    """Each file decoded and resized by Pillow on all cores, nothing kept."""
+
+    def some(part: list[str]) -> None:
+        for file in part:
+            with Image.open(file) as image:
+                image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(cores) as pool:
+        list(pool.map(some, [files[start::cores] for start in range(cores)]))
+
+
+def loading(bench: Bench) -> list[Row]:
+    """Training batches from the array beside the released loader's, and their share of a training step."""
+    chosen, annotations = recipe("synthetic", pretrained="none"), bench.annotations
+    chosen = chosen.replace(batch_size=bench.size("batch", 64, 4))
+    pixels = image_array(list(photo_table(annotations).path), chosen.image_height, chosen.image_width).pixels
+    train = annotations[annotations.split == "train"].reset_index(drop=True)
+    batches = Batches(train, pixels, tokenize(list(train.caption)), chosen, bench.device)
+    count = bench.size("batches", 20, 3)
+    model = build_model(chosen, len(batches.classes)).to(bench.device).train()
+    optimiser, precision = build_optimiser(model, chosen), step_precision(chosen.precision, bench.device)
+    calls: dict[str, Callable[[], Any]] = {
+        "data": lambda: [batches.at(step) for step in range(count)],
+        "step": lambda: _step(model, optimiser, batches.at(0), chosen, precision),
+    }
+    their_rates: list[float] = []
+    if bench.code:
+        calls["released"] = lambda: their_rates.append(_loader_rate(bench, annotations, chosen, count))
+    seconds = interleave(calls, bench.repeats, bench.device)
+    rate, share = [], []
+    for data, step in zip(seconds["data"], seconds["step"]):
+        rate.append(count * chosen.batch_size / data)
+        share.append(100 * data / count / step)
+    what = f"training batches of {chosen.batch_size}"
+    return [
+        Row(work="loader", what=what, unit="photos/s", ours=rate, other=their_rates[1:] or None),
+        Row(
+            work="loader",
+            what="a training step waits for its data",
+            unit="% of the step",
+            ours=share,
+            target=Target("ours", "≤", 2),
+        ),
+    ]
+
+
+def _loader_rate(bench: Bench, annotations: DataFrame, chosen: Recipe, count: int) -> float:
+    """Photos a second of the released loader, its start not counted."""
+    batches = iter(released.train_loader(bench.code, annotations, chosen))
+    next(batches)
+    began = time.perf_counter()
+    photos = sum(len(batch["pids"]) for batch, _ in zip(batches, range(count)))
+    return photos / (time.perf_counter() - began)
+
+
+def starting(bench: Bench) -> list[Row]:
+    """The import alone, and a fresh notebook kernel until it can train."""
+    imports = [float(_in_child(IMPORT)) for _ in range(bench.repeats)]
+    ready = [_kernel_ready() for _ in range(bench.repeats)]
+    return [
+        Row(work="start", what="import irra_core", unit="s", ours=imports, target=Target("ours", "≤", 0.2)),
+        Row(
+            work="start",
+            what="a fresh kernel that can train",
+            unit="s",
+            ours=ready,
+            target=Target("ours", "≤", 12),
+        ),
+    ]
+
+
+def _kernel_ready() -> float:
+    """Seconds from starting a notebook kernel to having torch, the model's and the training's code imported."""
+    from jupyter_client.manager import KernelManager
+
+    manager = KernelManager()
+    began = time.perf_counter()
+    manager.start_kernel(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    client = manager.blocking_client()
+    try:
+        client.start_channels()
+        client.wait_for_ready(timeout=120)
+        reply = client.execute_interactive(
+            "import torch; import irra_core as irra; irra.train, irra.build_model, irra.Gallery",
+            timeout=120,
+            output_hook=lambda message: None,
+        )
+        spent = time.perf_counter() - began
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    if reply["content"]["status"] != "ok":
+        raise RuntimeError(f"the kernel could not import irra_core: {reply['content'].get('evalue')}")
+    return spent
+
+
+def gpu(bench: Bench) -> list[Row]:
+    """Training on CUHK-PEDES's sizes and encoding its gallery on one GPU; without one, rows that were not measured."""
+    train = Row(work="gpu", what="training, paper's recipe, CUHK-PEDES's sizes", unit="photos/s")
+    peak = Row(work="gpu", what="its share of the measured bf16 peak", unit="%", target=Target("ours", "≥", 45))
+    idle = Row(work="gpu", what="device idle meanwhile", unit="%", target=Target("ours", "≤", 2))
+    whole = Row(work="gpu", what="60 epochs, extrapolated from one", unit="minutes", target=Target("ours", "≤", 20))
+    encode = Row(work="gpu", what="encode gallery, 384×128", unit="photos/s", target=Target("ours", "≥", 12_000))
+    rows = [train, peak, idle, whole, encode]
+    if bench.device.type != "cuda" and not bench.sizes:
+        return rows
+    size = {"backbone": "small"} if smoke() or bench.sizes else {}
+    chosen = recipe("cuhk", pretrained="none", batch_size=bench.size("batch", 64, 4), **size)
+    captions, photos = (bench.size(name, CUHK_TRAIN[name], 24) for name in ("captions", "photos"))
+    batches = noise_batches(bench, chosen, captions, photos)
+    model = build_model(chosen, bench.size("people", CUHK_TRAIN["people"], 24)).to(bench.device).train()
+    optimiser, precision = build_optimiser(model, chosen), step_precision(chosen.precision, bench.device)
+
+    def steps(count: int) -> None:
+        for number in range(count):
+            _step(model, optimiser, batches.at(number), chosen, precision)
+
+    with FlopCounterMode(display=False) as counted:
+        steps(1)
+    count = batches.steps_per_epoch
+    seconds = seconds_of(lambda: steps(count), bench.device)
+    limit = measure_limits(bench.device)["bf16"]
+    train.ours, whole.ours = [captions / seconds], [seconds]
+    peak.ours = [100 * counted.get_total_flops() * count / seconds / limit]
+    idle.ours = _idle(lambda: steps(min(count, 20)), bench.device)
+    pixels = batches.pixels[: bench.size("encoded", 8_192, 16)].cpu().numpy()
+    calls = {"encode": lambda: encode_images(model, pixels)}
+    encode.ours = [len(pixels) / spent for spent in interleave(calls, bench.repeats, bench.device)["encode"]]
+    return rows
+
+
+def _idle(call: Callable[[], None], device: torch.device) -> list[float] | None:
+    """Per cent of the time in which the GPU computes nothing; None without a GPU."""
+    if device.type != "cuda":
+        return None
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        seconds = seconds_of(call, device)
+    busy = sum(event.self_device_time_total for event in profiled.key_averages()) / 1e6
+    return [max(0.0, 100 * (1 - busy / seconds))]
+
+
+WORKS: dict[str, Callable[[Bench], list[Row]]] = {
+    "step": small_step,
+    "paper-step": paper_step,
+    "rank": ranking,
+    "rank-19848": large_ranking,
+    "rank-100000": larger_ranking,
+    "evaluation": evaluation,
+    "decode": decoding,
+    "loader": loading,
+    "start": starting,
+    "gpu": gpu,
+}
+ON_REQUEST = ("rank-100000",)  # minutes: measured only where named

@@ -40,6 +40,7 @@ _MODULES = (
     "training",
     "benchmark",
     "studies",
+    "comparison",
     "leaks",
     "transfer",
     "plots",

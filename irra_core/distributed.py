@@ -34,7 +34,7 @@ class Team(NamedTuple):
         """This process's share of so many rows: the shares, in order, are all rows and differ by at most one."""
         return slice(count * self.process // self.processes, count * (self.process + 1) // self.processes)
 
-    def gathered(self, rows: Float[Tensor, "mine *dim"], count: int) -> Float[Tensor, "all *dim"]:
+    def gathered(self, rows: Float[Tensor, "mine ..."], count: int) -> Float[Tensor, "all ..."]:
         """All `count` rows, of which each process gives its part; the gradient finds its way back to each part.
 
         Every process must compute the same loss of the gathered rows: the gradient of a part is then that of the sum

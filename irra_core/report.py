@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
-from irra_core import plots, runs, studies, transfer
+from irra_core import comparison, plots, runs, transfer
 from irra_core.evaluation import METRICS, Interval
 from irra_core.recipes import RECIPES, Recipe, smoke
 
@@ -121,7 +121,7 @@ def _scores(kept: list[tuple[Path, dict[str, Any]]]) -> dict[str, Interval]:
     found = {}
     for name, column in METRICS.items():
         values = np.stack([table[column].to_numpy(dtype=np.float64) for table in tables])
-        low, high = studies.seed_identity_interval(values, tables[0].pid.to_numpy())
+        low, high = comparison.seed_identity_interval(values, tables[0].pid.to_numpy())
         found[name] = (float(values.mean()), low, high)
     return found
 
@@ -282,8 +282,8 @@ def study_table(table: DataFrame) -> str:
     """The table of a study for the eye, as HTML, after the verdicts that it has; a long one is folded."""
     verdicts: Iterable[str] = ()
     if {"variant", "reference", "R1_gain", "status"} <= set(table):
-        verdicts = [studies.verdict(row) for row in table.fillna({"status": ""}).to_dict("records")]
-        table = studies.readable(table).reset_index()
+        verdicts = [comparison.verdict(row) for row in table.fillna({"status": ""}).to_dict("records")]
+        table = comparison.readable(table).reset_index()
     elif {"train", "test", "leaks", "R1_low"} <= set(table):
         table = transfer.readable(table)
     else:

@@ -226,6 +226,10 @@ def _read(file: Path, reader: Callable[[Path], Any]) -> Any:
         raise ValueError(f"{file} cannot be read ({type(error).__name__}: {error}): {remedy}") from error
 
 
+def seconds_a_step(run: Mapping[str, Any]) -> float:
+    return run["machine"]["seconds"]["training"] / int(run["history"].step.iloc[-1])
+
+
 def collect(root: str | Path | None = None) -> DataFrame:
     """Every finished run below the reports folder, a row each: dataset, run, the recipe's fields, the test scores.
 

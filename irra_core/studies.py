@@ -1,36 +1,26 @@
-"""A question → a grid of runs; the grid's runs → one table with intervals, and a verdict."""
+"""A question → a grid of runs, each made once by the train notebook."""
 
-import itertools
 import os
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import nbformat
-import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
-from pandas import DataFrame, Series
-from safetensors import safe_open
+from pandas import DataFrame
 
 from irra_core import runs
 from irra_core.annotations import hold_out
-from irra_core.backbone import WEIGHT_SUFFIXES, configuration, download, learned, patch_grid
-from irra_core.checkpoints import load_checkpoint
-from irra_core.evaluation import METRICS
+from irra_core.backbone import WEIGHT_SUFFIXES, download
 from irra_core.images import open_annotations
-from irra_core.interaction import build_interaction
 from irra_core.recipes import PRESETS, Recipe, project_root, recipe, smoke, unknown
-from irra_core.synthetic import is_rendered, twin_pids
-from irra_core.text import VOCABULARY
 from irra_core.training import pretrained_general
 
 ROUGH_STEP_SECONDS = {"small": {True: 0.25, False: 0.1}}  # with and without MLM; measured on two cores of a server CPU
@@ -229,18 +219,14 @@ def _measured_steps() -> dict[tuple, float]:
         except (OSError, ValueError, KeyError, TypeError):
             continue  # a folder of another version tells nothing
         if run["machine"] and run["machine"]["device"] == device and run["history"] is not None:
-            found.setdefault(_alike(run["recipe"]), []).append(_seconds_a_step(run))
+            found.setdefault(_alike(run["recipe"]), []).append(runs.seconds_a_step(run))
     return {key: statistics.median(values) for key, values in found.items()}
-
-
-def _seconds_a_step(run: Mapping[str, Any]) -> float:
-    return run["machine"]["seconds"]["training"] / int(run["history"].step.iloc[-1])
 
 
 def _alike(made: Recipe) -> tuple:
     """What a step's time depends on."""
     names = ("backbone", "image_height", "image_width", "stride", "frozen", "adapter_rank", "losses", "interaction")
-    names += ("batch_size", "precision")
+    names += ("batch_size", "micro_batch", "precision")
     return tuple(getattr(made, name) for name in names)
 
 
@@ -412,309 +398,6 @@ def _reached(job: _Job) -> int:
     if job.process is None or not history.exists():
         return 0
     return int(pd.read_csv(history, usecols=["step"]).step.iloc[-1])
-
-
-def compare(finished: DataFrame, reference: str, hard: bool | Bool[np.ndarray, " queries"] = False) -> DataFrame:
-    """The scores of each variant on test beside the reference: a row a variant, in the plan's order.
-
-    finished: what `run_all` gave. Columns: `variant, reference, status, seeds`; each score in per cent as the mean over
-    the seeds with its `_sd`; `R1_gain`, `mAP_gain` over the reference with `_low` and `_high`, the 95 % interval of
-    `seed_identity_interval`, paired over the seeds that both have; `parameters` (all are trained); `step_seconds`.
-    `hard` keeps the queries whose person has a near-twin in the gallery, or those marked in an array of one truth a
-    query. Where nothing finished, or no query is hard, the row's numbers are NaN and its status says why. Raises
-    ValueError for an unknown reference, and for runs on different queries.
-    """
-    names = list(dict.fromkeys(finished.variant))
-    if reference not in names:
-        raise unknown("reference", reference, names)
-    loaded = {name: _variant_runs(finished[finished.variant == name], hard) for name in names}
-    rows = []
-    for name in names:
-        found, mine = loaded[name], finished[finished.variant == name]
-        row = {"variant": name, "reference": reference, "status": _status(mine, found), "seeds": len(found)}
-        if found:
-            row |= _means(found) | _gains(found, loaded[reference], f"{name} and {reference}")
-            row |= _costs(mine[mine.status == "finished"].path)
-        rows.append(row)
-    scored = [f"{score}{end}" for score in METRICS for end in ("", "_sd")]
-    gained = [f"{score}_gain{end}" for score in ("R1", "mAP") for end in ("", "_low", "_high")]
-    columns = ["variant", "reference", "status", "seeds", *scored, *gained, "parameters", "step_seconds"]
-    return DataFrame(rows).reindex(columns=columns)
-
-
-def _variant_runs(rows: DataFrame, hard: bool | np.ndarray) -> dict[int, DataFrame]:
-    """Seed → the queries of its finished run, the hard ones alone where so asked; none where there is no such query."""
-    found = {}
-    for row in rows[rows.status == "finished"].itertuples():
-        queries = pd.read_csv(Path(row.path) / "queries.csv")
-        if isinstance(hard, np.ndarray):
-            queries = queries[hard]
-        elif hard:
-            queries = queries[queries.hard]
-        if len(queries):
-            found[row.seed] = queries
-    return found
-
-
-def _status(rows: DataFrame, found: Mapping[int, DataFrame]) -> str:
-    """What became of a variant, in a few words."""
-    finished, total = int((rows.status == "finished").sum()), len(rows)
-    if finished and not found:
-        return "not available: no query is marked as hard"
-    said = "finished" if finished == total else f"{finished} of {total} finished" if finished else "not run"
-    reasons = list(dict.fromkeys(error for error in rows.error if error))
-    return f"{said}: {'; '.join(reasons)}" if reasons else said
-
-
-def _means(found: Mapping[int, DataFrame]) -> dict[str, float]:
-    """Each score's mean over the seeds and its standard deviation (NaN for one seed)."""
-    row = {}
-    for score, column in METRICS.items():
-        values = [queries[column].mean() for queries in found.values()]
-        row[score] = float(np.mean(values))
-        row[f"{score}_sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
-    return row
-
-
-def _gains(found: Mapping[int, DataFrame], base: Mapping[int, DataFrame], names: str) -> dict[str, float]:
-    """R1 and mAP over the reference's, each with its interval, on the seeds that both have."""
-    seeds = [seed for seed in found if seed in base]
-    if not seeds:
-        return {}
-    pids = base[seeds[0]].pid.to_numpy()
-    if any(not np.array_equal(side[seed].pid.to_numpy(), pids) for seed in seeds for side in (found, base)):
-        raise ValueError(f"{names} have different queries: compare runs on the same data")
-    row = {}
-    for score in ("R1", "mAP"):
-        column = METRICS[score]
-        values = np.stack([(found[seed][column] - base[seed][column]).to_numpy(dtype=np.float64) for seed in seeds])
-        low, high = seed_identity_interval(values, pids)
-        row |= {f"{score}_gain": float(values.mean()), f"{score}_gain_low": low, f"{score}_gain_high": high}
-    return row
-
-
-def _costs(paths: Iterable[str]) -> dict[str, int | float]:
-    """Trained numbers of the network, and the median over the seeds of the seconds a training step took."""
-    paths = list(paths)
-    with safe_open(Path(paths[0]) / runs.WEIGHTS, "pt") as weights:
-        shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118 (not a dict)
-    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    parameters = sum(tensor.numel() for tensor in learned(tensors).values())
-    steps = [_seconds_a_step(run) for run in map(runs.load_run, paths) if run["machine"]]
-    return {"parameters": parameters, "step_seconds": statistics.median(steps) if steps else float("nan")}
-
-
-def seed_identity_interval(
-    values: Float[np.ndarray, "seeds queries"], pids: Int[np.ndarray, " queries"], draws: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Low and high end of the 95 % interval of the mean of `values`, by resampling seeds and identities together.
-
-    A draw is as many seeds and as many identities as there are, both with replacement, each identity with all its
-    queries; the ends are the 2.5 and 97.5 percentiles of the draws' means. With one seed it is the interval of
-    `metrics.bootstrap_interval`. Few seeds make it too narrow: of three, the draws see two thirds of the variance.
-    """
-    _, person = np.unique(pids, return_inverse=True)
-    sizes = np.bincount(person)
-    sums = np.stack([np.bincount(person, row, minlength=len(sizes)) for row in values])
-    generator = np.random.default_rng(seed)
-    people = _counts(generator.integers(len(sizes), size=(draws, len(sizes)), dtype=np.int32), len(sizes))
-    seeds = _counts(generator.integers(len(values), size=(draws, len(values)), dtype=np.int32), len(values))
-    means = ((seeds @ sums) * people).sum(1) / (len(values) * (people @ sizes))
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def _counts(drawn: Int[np.ndarray, "draws n"], n: int) -> Float[np.ndarray, "draws n"]:
-    """How often each draw holds each of 0 … n - 1."""
-    rows = np.arange(len(drawn))[:, None] * n
-    return np.bincount((rows + drawn).ravel(), minlength=len(drawn) * n).reshape(len(drawn), n).astype(np.float64)
-
-
-def selection_inflation(finished: DataFrame, on_val: str, on_test: str) -> DataFrame:
-    """What picking weights on test adds to R@1 on test, a row a seed: the two variants train alike and pick otherwise.
-
-    Columns: `seed`, `evaluations` to pick from, `val_step` and `test_step` that were picked, the test R@1 of both
-    (`picked_on_val, picked_on_test`) and `inflation`, their difference in percentage points. It cannot be negative.
-    """
-    ended = finished[finished.status == "finished"]
-    paths = {name: ended[ended.variant == name].set_index("seed").path for name in (on_val, on_test)}
-    rows = []
-    for seed in [seed for seed in paths[on_val].index if seed in paths[on_test].index]:
-        val, test = (runs.load_run(paths[name][seed]) for name in (on_val, on_test))
-        steps = [run["metrics"]["selected"]["step"] for run in (val, test)]
-        scores = test["history"].set_index("step").test_R1[steps].tolist()
-        rows.append((seed, len(test["history"]), *steps, *scores, scores[1] - scores[0]))
-    columns = ["seed", "evaluations", "val_step", "test_step", "picked_on_val", "picked_on_test", "inflation"]
-    return DataFrame(rows, columns=columns)
-
-
-def hard_queries(annotations: DataFrame, made: Recipe, share: float = 0.1) -> Bool[np.ndarray, " queries"]:
-    """Which test captions are hard, a truth a query in the order of queries.csv.
-
-    Of rendered people those whose person has a near-twin. Of others the given share that resembles a caption of another
-    test person most: the largest cosine of their words, each weighted by log(captions / captions that hold it).
-    """
-    test = annotations[annotations.split == "test"].reset_index(drop=True)
-    if is_rendered(annotations, made):
-        return np.isin(test.pid.to_numpy(), list(twin_pids(annotations, made)))
-    likeness = _likeness(list(test.caption), test.pid.to_numpy())
-    return likeness >= np.quantile(likeness, 1 - share)
-
-
-def _likeness(
-    captions: list[str], pids: Int[np.ndarray, " captions"], chunk: int = 256
-) -> Float[np.ndarray, " captions"]:
-    """Of each caption the largest cosine of its weighted words to a caption of another person."""
-    words = [set(re.findall(r"\w+", caption.lower())) for caption in captions]
-    column = {word: place for place, word in enumerate(sorted(set().union(*words)))}
-    holds = np.zeros((len(captions), len(column)), dtype=np.float32)
-    for row, found in enumerate(words):
-        holds[row, [column[word] for word in found]] = 1
-    weighted = holds * np.log(len(captions) / holds.sum(0))
-    weighted /= np.maximum(np.linalg.norm(weighted, axis=1, keepdims=True), 1e-12)
-    largest = []
-    for start in range(0, len(captions), chunk):
-        cosine = weighted[start : start + chunk] @ weighted.T
-        largest.append(np.where(pids[start : start + chunk, None] == pids, -1.0, cosine).max(1))
-    return np.concatenate(largest)
-
-
-def verdict(row: Series | Mapping[str, Any]) -> str:
-    """What a row of `compare` says about R@1, computed from its interval, in percentage points."""
-    name, reference = row["variant"], row["reference"]
-    if name == reference:
-        return f"{name} is the reference" + ("" if row["seeds"] else f", {row['status']}: nothing can be compared")
-    if not row["seeds"]:
-        return f"{name}: {row['status']}"
-    gain, low, high = (row[f"R1_gain{end}"] for end in ("", "_low", "_high"))
-    if np.isnan(gain):
-        return f"{name}: no run of {reference} with the same seed to compare with"
-    if low == high == 0:
-        return f"the same: {name} and {reference} give every query the same result"
-    caution = " (one seed: other seeds may differ more)" if row["seeds"] == 1 else ""
-    if low > 0:
-        return f"{name} beats {reference} by {gain:.1f} [{low:.1f}, {high:.1f}]{caution}"
-    if high < 0:
-        return f"{reference} beats {name} by {-gain:.1f} [{-high:.1f}, {-low:.1f}]{caution}"
-    return f"undecided: {name} against {reference} {gain:+.1f} [{low:.1f}, {high:.1f}]{caution}"
-
-
-def readable(table: DataFrame) -> DataFrame:
-    """A table of `compare` for the eye: `53.6 ± 0.8`, gains as `+2.1 [0.6, 3.7]`, what is missing as its status."""
-    text = DataFrame({"": table.variant})
-    for score in METRICS:
-        text[f"{score} (%)"] = [_plus_minus(*pair) for pair in zip(table[score], table[f"{score}_sd"])]
-    for score in ("R1", "mAP"):
-        ends = (table[f"{score}_gain{end}"] for end in ("", "_low", "_high"))
-        cells = ["" if np.isnan(gain) else f"{gain:+.1f} [{low:.1f}, {high:.1f}]" for gain, low, high in zip(*ends)]
-        own = table.variant == table.reference
-        text[f"{score} against {table.reference.iloc[0]}"] = np.where(own & (table.seeds > 0), "reference", cells)
-    text["parameters (M)"] = [_number(value / 1e6, "{:.2f}") for value in table.parameters]
-    text["s a step"] = [_number(value, "{:.3f}") for value in table.step_seconds]
-    if "inference_ms" in table:
-        text["inference (ms a pair)"] = [_number(value, "{:.2f}") for value in table.inference_ms]
-    short = [status.split(":")[0] for status in table.status]  # the reasons are in the table of runs
-    text["seeds"] = [str(seeds) if said == "finished" else said for seeds, said in zip(table.seeds, short)]
-    text.loc[table.seeds == 0, "R1 (%)"] = [said for seeds, said in zip(table.seeds, short) if not seeds]
-    return text.set_index("")
-
-
-def _plus_minus(mean: float, sd: float) -> str:
-    return _number(mean, "{:.1f}") + ("" if np.isnan(sd) else f" ± {sd:.1f}")
-
-
-def _number(value: float, form: str) -> str:
-    return "" if np.isnan(value) else form.format(value)
-
-
-def inference_ms(finished: DataFrame, batch_size: int = 32, repeats: int = 5) -> dict[str, float]:
-    """Variant → milliseconds to encode one photo and one sentence, in batches on this machine; finished variants only.
-
-    The variants take turns, and the median of the repeats counts, so that a busy moment is nobody's alone.
-    """
-    firsts = finished[finished.status == "finished"].drop_duplicates("variant")
-    models = {row.variant: _timed_model(Path(row.path)) for row in firsts.itertuples()}
-    tokens = torch.randint(1, VOCABULARY - 2, (batch_size, 32), generator=torch.Generator().manual_seed(0))
-    tokens[:, -1] = VOCABULARY - 1
-
-    def encode(model) -> Callable[[], Any]:
-        device = next(model.parameters()).device
-        images, words = torch.zeros(batch_size, 3, *model.image_size, device=device), tokens.to(device)
-        return lambda: (model.encode_image(images), model.encode_text(words))
-
-    seconds = _interleaved({name: encode(model) for name, model in models.items()}, repeats)
-    return {name: 1000 * value / batch_size for name, value in seconds.items()}
-
-
-def _timed_model(folder: Path) -> torch.nn.Module:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_checkpoint(folder / runs.WEIGHTS)[0].eval().to(device)
-
-
-def interaction_costs(
-    made: Recipe, width: int | None = None, batch_size: int = 8, words: int = 77, repeats: int = 5
-) -> DataFrame:
-    """The three interaction encoders side by side: parameters, and the median time of a forward pass on one batch.
-
-    Columns `interaction, parameters, forward_ms, times`, the last against `cross`. The batch has random tokens: as many
-    words as given and the recipe's image tokens; `width` is the backbone's unless given, the depth the recipe's.
-    """
-    config = configuration(made.backbone)
-    width = width or config["embed_dim"]
-    grid = patch_grid((made.image_height, made.image_width), config["vision_cfg"]["patch_size"], made.stride)
-    generator = torch.Generator().manual_seed(made.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sizes = (words, grid[0] * grid[1] + 1)
-    text, image = (torch.randn(batch_size, size, width, generator=generator).to(device) for size in sizes)
-    encoders = {
-        kind: build_interaction(kind, width, made.interaction_depth).eval().to(device)
-        for kind in ("cross", "co", "merged")
-    }
-    calls = {kind: (lambda encoder=encoder: encoder(text, image)) for kind, encoder in encoders.items()}
-    seconds = _interleaved(calls, repeats)
-    rows = [
-        (kind, sum(p.numel() for p in encoder.parameters()), 1000 * seconds[kind], seconds[kind] / seconds["cross"])
-        for kind, encoder in encoders.items()
-    ]
-    return DataFrame(rows, columns=["interaction", "parameters", "forward_ms", "times"])
-
-
-def _interleaved(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each call; they take turns, after one turn that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    with torch.inference_mode():
-        for turn, (name, call) in itertools.product(range(repeats + 1), calls.items()):
-            began = time.perf_counter()
-            call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def beside_published(table: DataFrame, planned: DataFrame) -> DataFrame:
-    """The published ablations of the plan's data set (CUHK-PEDES for rendered people) beside this study's variants.
-
-    Columns: the published `source, dataset, method, R1, params_m, forward_ms`, and `here`, the R1 of the variant with
-    the same losses and interaction encoder as text; "" where the study has none.
-    """
-    made = planned.drop_duplicates("variant").set_index("variant").recipe
-    dataset = made.iloc[0].dataset
-    rows = runs.published()
-    rows = rows[rows.table.isin(["ablation", "interaction"])]
-    rows = rows[rows.dataset == (dataset if (rows.dataset == dataset).any() else "cuhk")]
-    measured = table.set_index("variant")
-    here = []
-    for row in rows.itertuples():
-        alike = [
-            name
-            for name, each in made.items()
-            if each.losses == row.losses and ("mlm" not in each.loss_names or each.interaction == row.interaction)
-        ]
-        found = measured.loc[alike[0]] if alike else None
-        here.append("" if found is None else _plus_minus(found.R1, found.R1_sd) or "not run")
-    return rows[["source", "dataset", "method", "R1", "params_m", "forward_ms"]].assign(here=here).fillna("")
 
 
 def study_folder(study: str, dataset: str) -> Path:

@@ -426,7 +426,7 @@ class _Run:
             load_weights(self.model, self.folder / runs.WEIGHTS)
             trained = self.evaluated(self.model, "test")
             metrics |= trained.metrics
-            for name, model in self.starting_points().items():
+            for name, model in self.starting_points():
                 start = self.evaluated(model.to(self.device), "test").text_to_image
                 metrics[name] = scores(start)
                 metrics[f"gain_over_{name}"] = gain(trained.text_to_image, start)
@@ -442,12 +442,14 @@ class _Run:
         for name in (runs.STATE, runs.STATE_BEFORE, runs.FAILED, runs.FAILED_BATCH, runs.TABLE):
             (self.folder / name).unlink(missing_ok=True)
 
-    def starting_points(self) -> dict[str, IRRA]:
-        """What the trained model is compared with: random weights, and the pretrained CLIP without fine-tuning."""
-        found = {"untrained": self.initial_model(self.recipe.replace(**PLAIN))}
+    def starting_points(self) -> Iterator[tuple[str, IRRA]]:
+        """What the trained model is compared with: random weights, and the pretrained CLIP without fine-tuning.
+
+        One at a time, so that the device need not hold both beside the trained one.
+        """
+        yield "untrained", self.initial_model(self.recipe.replace(**PLAIN))
         if self.recipe.pretrained != "none":
-            found["pretrained"] = self.initial_model(self.recipe)
-        return found
+            yield "pretrained", self.initial_model(self.recipe)
 
     def machine(self) -> dict[str, Any]:
         """Versions, device, threads, parameters, seconds, peak memory and throughput of this run."""

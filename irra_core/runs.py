@@ -142,12 +142,24 @@ def locked(path: Path, wait: bool = False, progress=None) -> Iterator[None]:
         opened.truncate(0)
         opened.write(f"process {os.getpid()} on {platform.node()}")
         opened.flush()
-        for part in path.glob(".*.part"):
+        for part in _half_written(path):
             part.unlink(missing_ok=True)
         try:
             yield
         finally:
             file.unlink(missing_ok=True)
+
+
+def _half_written(path: Path) -> list[Path]:
+    """Files that a killed process was writing: ours, and those of safetensors, which has names of its own."""
+    return [*path.glob(".*.part"), *path.glob(".tmp*")]
+
+
+def clear(path: Path) -> None:
+    """Remove from a finished run's folder what only an unfinished one needs; a process killed just then left it."""
+    left = [path / name for name in (STATE, STATE_BEFORE, FAILED, FAILED_BATCH, TABLE)] + _half_written(path)
+    for file in left:
+        file.unlink(missing_ok=True)
 
 
 def _lock(file: Path, wait: bool, progress) -> TextIO:

@@ -57,6 +57,8 @@ def train(
     folder = Path(folder)
     runs.begin(folder, recipe, runs.data_digest(annotations, recipe, progress))
     if runs.finished(folder):
+        with contextlib.suppress(OSError, RuntimeError), runs.locked(folder):  # read-only, or at its very end: as it is
+            runs.clear(folder)
         yield from _history(folder)
     elif processes == 1:
         yield from _trained(recipe, annotations, folder, progress, wait=wait)
@@ -439,8 +441,7 @@ class _Run:
             return
         runs.write_text(self.folder / "machine.json", json.dumps(self.machine(), indent=2))
         runs.write_text(self.folder / "metrics.json", json.dumps(metrics, indent=2))
-        for name in (runs.STATE, runs.STATE_BEFORE, runs.FAILED, runs.FAILED_BATCH, runs.TABLE):
-            (self.folder / name).unlink(missing_ok=True)
+        runs.clear(self.folder)
 
     def starting_points(self) -> Iterator[tuple[str, IRRA]]:
         """What the trained model is compared with: random weights, and the pretrained CLIP without fine-tuning.

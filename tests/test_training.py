@@ -102,6 +102,18 @@ def test_a_finished_run_is_loaded_and_not_repeated(finished, annotations, monkey
     assert again[-1]["loss"] == pytest.approx(history[-1]["loss"], rel=1e-12)
 
 
+def test_what_a_process_killed_at_its_very_end_left_is_cleared_away_when_its_run_is_loaded(
+    finished, annotations, tmp_path
+):
+    folder, recipe, history = finished
+    shutil.copytree(folder, tmp_path / "run")
+    kept = {path.name for path in folder.iterdir()}
+    for name in (runs.STATE, runs.STATE_BEFORE, runs.LOCK, ".tmpAbCdEf", ".history.csv.17.part"):
+        (tmp_path / "run" / name).write_text("half")
+    assert len(list(train(recipe, annotations, tmp_path / "run"))) == len(history)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == kept
+
+
 def test_a_run_folder_keeps_what_a_reader_needs(finished, annotations):
     folder, recipe, _ = finished
     kept = runs.load_run(folder)

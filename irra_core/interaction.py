@@ -6,6 +6,7 @@ from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from irra_core.linear import linear
 from irra_core.recipes import unknown
 
 
@@ -172,9 +173,9 @@ def attend(
     """Multi-head attention of the query to the context (to itself without one), True in `mask` = attended to."""
     weight, bias, width = layer.in_proj_weight, layer.in_proj_bias, layer.embed_dim
     if context is None:
-        parts = F.linear(query, weight, bias).chunk(3, -1)
+        parts = linear(query, weight, bias).chunk(3, -1)
     else:
-        own, other = F.linear(query, weight[:width], bias[:width]), F.linear(context, weight[width:], bias[width:])
+        own, other = linear(query, weight[:width], bias[:width]), linear(context, weight[width:], bias[width:])
         parts = (own, *other.chunk(2, -1))
     q, k, v = (part.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2) for part in parts)
     if record is None:
@@ -184,7 +185,7 @@ def attend(
         shares = (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).softmax(-1)
         record.append(shares)
         found = shares @ v
-    return layer.out_proj(found.transpose(1, 2).flatten(2))
+    return linear(found.transpose(1, 2).flatten(2), layer.out_proj.weight, layer.out_proj.bias)
 
 
 def feed_forward(mlp: nn.Sequential, tokens: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
@@ -195,8 +196,8 @@ def feed_forward(mlp: nn.Sequential, tokens: Float[Tensor, "*batch dim"]) -> Flo
     """
     if not isinstance(mlp.gelu, QuickGELU):
         return mlp(tokens)
-    inner = F.silu(F.linear(tokens, mlp.c_fc.weight * 1.702, mlp.c_fc.bias * 1.702))
-    return F.linear(inner, mlp.c_proj.weight / 1.702, mlp.c_proj.bias)
+    inner = F.silu(linear(tokens, mlp.c_fc.weight * 1.702, mlp.c_fc.bias * 1.702))
+    return linear(inner, mlp.c_proj.weight / 1.702, mlp.c_proj.bias)
 
 
 def norm(layer: nn.LayerNorm, tokens: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int, Num, UInt16
 from torch import Tensor
 
+from irra_core.linear import linear
 from irra_core.recipes import unknown
 
 CUTS = (1, 5, 10)  # the field's R@k
@@ -75,7 +76,7 @@ def query_metrics_from_features(
     """
     gallery = _raised(gallery)
     chunk = chunk or max(CHUNK_ROWS, _chunk_rows(gallery))
-    return _ranked(lambda rows: _raised(query[rows]) @ gallery.T, gallery, query_pids, gallery_pids, chunk, absent)
+    return _ranked(lambda rows: linear(_raised(query[rows]), gallery), gallery, query_pids, gallery_pids, chunk, absent)
 
 
 def _chunk_rows(gallery: Float[Tensor, "gallery any"]) -> int:

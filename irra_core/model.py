@@ -18,6 +18,7 @@ from irra_core.adapters import limit_learning
 from irra_core.backbone import WEIGHT_SUFFIXES, configuration, download, load_clip_weights, new_clip
 from irra_core.images import cache_root
 from irra_core.interaction import build_interaction, norm, run_block
+from irra_core.linear import Linear, keep_freed_memory, linear
 from irra_core.recipes import Recipe, pretraining, project_root
 from irra_core.synthetic import RENDERING
 
@@ -50,6 +51,7 @@ class IRRA(nn.Module):
         padding_attention: bool = False,
     ):
         super().__init__()
+        keep_freed_memory()
         self.clip = clip
         self.padding_attention = padding_attention
         width = clip.visual.output_dim
@@ -127,7 +129,7 @@ class IRRA(nn.Module):
         for block in visual.transformer.resblocks[:-1]:
             states = run_block(block, states)
         states = run_block(visual.transformer.resblocks[-1], states, at=at)
-        return norm(visual.ln_post, states) @ visual.proj
+        return linear(norm(visual.ln_post, states), visual.proj.T)
 
     def text_tokens(
         self, tokens: Int[Tensor, "batch length"], at: Int[Tensor, "batch wanted"] | None = None
@@ -149,7 +151,7 @@ class IRRA(nn.Module):
     ) -> Float[Tensor, "batch words dim"]:
         """The text encoder from its last block on."""
         states = run_block(self.clip.transformer.resblocks[-1], states, causal=True, at=at)
-        return norm(self.clip.ln_final, states) @ self.clip.text_projection
+        return linear(norm(self.clip.ln_final, states), self.clip.text_projection.T)
 
     def _caption_and_masked_words(
         self, tokens: Int[Tensor, "batch length"], masked_tokens: Int[Tensor, "batch masked_length"]
@@ -238,7 +240,7 @@ def _full(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 def _mlm_head(width: int, vocabulary: int, depth: int) -> nn.Sequential:
     """A word's state → a score for every word."""
-    dense, fc = nn.Linear(width, width), nn.Linear(width, vocabulary)
+    dense, fc = Linear(width, width), Linear(width, vocabulary)
     head = nn.Sequential(OrderedDict(dense=dense, gelu=QuickGELU(), ln=nn.LayerNorm(width), fc=fc))
     nn.init.normal_(head.dense.weight, std=(2 * width) ** -0.5)
     nn.init.normal_(head.fc.weight, std=width**-0.5 * (2 * depth) ** -0.5)

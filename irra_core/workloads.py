@@ -3,12 +3,13 @@
 import contextlib
 import datetime
 import functools
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -206,7 +207,7 @@ def _step_rows(bench: Bench, work: str, chosen: Recipe, people: int, targets: Ma
         their_optimiser = released.build_optimiser(bench.code, theirs, chosen)
         calls["released"] = lambda: released.step(theirs, their_optimiser, their_batch)
     seconds = interleave(calls, bench.repeats, bench.device)
-    with FlopCounterMode(display=False) as counted:
+    with counting() as counted:
         _step(model, optimiser, batch, chosen, "fp32")
     shape = f"{chosen.backbone} {chosen.image_height}×{chosen.image_width}, batch {chosen.batch_size}"
     own = step_precision(chosen.precision, bench.device)
@@ -236,6 +237,17 @@ def _step(model: IRRA, optimiser: torch.optim.Optimizer, batch: Batch, chosen: R
 def _batch(bench: Bench, chosen: Recipe) -> Batch:
     """One batch of the recipe: rendered people's captions, and noise for photos, which costs the same."""
     return noise_batches(bench, chosen, chosen.batch_size).at(0)
+
+
+def counting() -> FlopCounterMode:
+    """Within, the arithmetic of matrix products, convolutions and attention is counted, oneDNN's entry included."""
+    ours = {torch.ops.mkldnn._linear_pointwise: _linear_flops} if hasattr(torch.ops.mkldnn, "_linear_pointwise") else {}
+    return FlopCounterMode(display=False, custom_mapping=ours)
+
+
+def _linear_flops(tokens: Sequence[int], weight: Sequence[int], *rest: Any, **named: Any) -> int:
+    """Multiplications and additions of a linear map, from the shapes."""
+    return 2 * math.prod(tokens) * weight[0]
 
 
 def noise_batches(bench: Bench, chosen: Recipe, captions: int, photos: int | None = None) -> Batches:
@@ -398,7 +410,7 @@ def evaluation(bench: Bench) -> list[Row]:
         theirs = released.build(bench.code, model, chosen, bench.device)
         calls["released"] = lambda: scores.update(released=released.evaluate(bench.code, theirs, annotations, chosen))
     seconds = interleave(calls, bench.repeats, bench.device)
-    with FlopCounterMode(display=False) as counted:
+    with counting() as counted:
         ours()
     reached = counted.get_total_flops() / median(seconds["ours"])
     captions = int((annotations.split == "test").sum())
@@ -586,7 +598,7 @@ def gpu(bench: Bench) -> list[Row]:
         for number in range(count):
             _step(model, optimiser, batches.at(number), chosen, precision)
 
-    with FlopCounterMode(display=False) as counted:
+    with counting() as counted:
         steps(1)
     count = batches.steps_per_epoch
     seconds = seconds_of(lambda: steps(count), bench.device)

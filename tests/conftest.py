@@ -21,6 +21,13 @@ COLOURS = {
     "black": (25, 25, 25),
 }
 
+# The little CLIP at half its width and with one layer.
+NARROW = backbone.SMALL_CLIP | {
+    "embed_dim": 64,
+    "vision_cfg": backbone.SMALL_CLIP["vision_cfg"] | {"width": 64, "layers": 1},
+    "text_cfg": backbone.SMALL_CLIP["text_cfg"] | {"width": 64, "heads": 1, "layers": 1},
+}
+
 
 @pytest.fixture(autouse=True)
 def _own_folders(tmp_path_factory, monkeypatch):
@@ -52,12 +59,9 @@ def annotations(tmp_path_factory) -> DataFrame:
 
 @pytest.fixture(scope="module")
 def narrow():
-    """The little CLIP at half its width and with one layer, for a module of tests: its runs take less than half."""
-    small = dict(backbone.SMALL_CLIP, embed_dim=64)
-    small["vision_cfg"] = small["vision_cfg"] | {"width": 64, "layers": 1}
-    small["text_cfg"] = small["text_cfg"] | {"width": 64, "heads": 1, "layers": 1}
+    """NARROW is the little CLIP for a module of tests: its runs take less than half."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backbone, "SMALL_CLIP", small)
+        patch.setattr(backbone, "SMALL_CLIP", NARROW)
         yield
 
 

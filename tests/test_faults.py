@@ -16,10 +16,11 @@ from typing import NamedTuple
 import pandas as pd
 import pytest
 import torch
+from conftest import NARROW
 from safetensors.torch import load_file
 
 import irra_core as irra
-from irra_core import images, runs, training
+from irra_core import backbone, images, runs, training
 from irra_core.backbone import read_weights
 from irra_core.training import train
 
@@ -337,6 +338,7 @@ def measured(table: str, folder: str, cache: str, pipe) -> None:
     """What a child process does: 10,000 steps; at each evaluation it tells the step, its memory and its open files."""
     os.environ["IRRA_CACHE"] = cache
     torch.set_num_threads(1)
+    backbone.SMALL_CLIP = NARROW
     recipe = irra.recipe(**TINY | {"batch_size": 4, "epochs": 10_000, "max_steps": 10_000, "evaluate_every": 1000})
     recipe = recipe.replace(image_height=32, image_width=16, interaction_depth=1)
     for row in train(recipe, pd.read_parquet(table), folder):

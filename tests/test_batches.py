@@ -151,8 +151,10 @@ def test_the_parts_of_all_processes_are_the_whole_batch(make, recipe, processes,
     recipe = recipe.replace(mask_captions=mask_captions, padding_attention=padding_attention)
     batches = make(recipe)
     for step in range(4):  # 8, 8, 6 and 8 rows: 6 divides by neither 8 nor, as 8, by 3
-        whole = fields(batches.at(step))
+        *whole, pids, words = fields(batches.at(step))
         parts = [fields(make(recipe).at(step, process, processes)) for process in range(processes)]
+        assert all(torch.equal(part[-2], pids) and part[-1] == words for part in parts)  # what all of them know
+        parts = [part[:-2] for part in parts]
         assert all(
             torch.equal(torch.cat(part), all_) for part, all_ in zip(zip(*parts, strict=True), whole, strict=True)
         )

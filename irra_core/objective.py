@@ -1,5 +1,6 @@
 """A batch → the loss parts and every weight's gradient: in one piece or several, in one process or many."""
 
+import warnings
 from contextlib import nullcontext
 
 import torch
@@ -53,12 +54,14 @@ class Objective:
         self.model, self.recipe, self.precision, self.team = model, recipe, precision, team
         self.losses = _Losses(model, recipe, precision, team)
         if team.processes > 1:
-            self.losses = DistributedDataParallel(
-                self.losses,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-                find_unused_parameters=_leaves_some_out(recipe),
-            )
+            with warnings.catch_warnings():  # newer torch has another name for the option, 2.10 only this one
+                warnings.simplefilter("ignore", FutureWarning)
+                self.losses = DistributedDataParallel(
+                    self.losses,
+                    broadcast_buffers=False,
+                    gradient_as_bucket_view=True,
+                    find_unused_parameters=_leaves_some_out(recipe),
+                )
 
     def __call__(self, batch: Batch) -> Float[Tensor, " losses"]:
         """The loss parts, in the recipe's order, without a graph; gradients are added to what `.grad` holds."""

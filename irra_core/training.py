@@ -509,6 +509,8 @@ def main(arguments: list[str] | None = None) -> None:
         for row in _trained(recipe, annotations, given.folder, progress, team):
             if given.tell and team.leads:
                 tell("row", row)
+        if team.leads and not given.tell:
+            sys.stdout.write(runs.summary(given.folder) + "\n")
 
 
 if __name__ == "__main__":

@@ -99,4 +99,6 @@ def test_a_prepared_folder_is_trained_by_the_command_and_a_bare_one_names_what_i
     (folder / "metrics.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"annotations\.parquet is not there: .*prepare_run"):
         main([str(folder)])
-    assert irra.distributed.TOLD not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert irra.distributed.TOLD not in said
+    assert f"run folder: {folder}" in said

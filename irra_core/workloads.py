@@ -30,6 +30,7 @@ from irra_core.annotations import photo_table
 from irra_core.batches import Batch, Batches
 from irra_core.evaluation import encode_images, evaluate
 from irra_core.images import cache_root, image_array, open_annotations
+from irra_core.linear import linear
 from irra_core.metrics import query_metrics_from_features, retrieval_metrics
 from irra_core.model import IRRA, build_model
 from irra_core.objective import loss_parts
@@ -139,7 +140,7 @@ def measure_limits(device: torch.device) -> dict[str, float]:
     found = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        seconds = interleave({"product": lambda a=left, b=right: a @ b}, 10, device)["product"]
+        seconds = interleave({"product": lambda a=left, b=right: linear(a, b)}, 10, device)["product"]
         found[name] = 2 * side**3 / min(seconds)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

@@ -166,3 +166,22 @@ def test_new_weights_have_the_released_spread(kind):
 def test_an_unknown_interaction_encoder_is_named_with_the_accepted_ones():
     with pytest.raises(ValueError, match="interaction 'cros' is unknown: did you mean 'cross'"):
         build_interaction("cros", 128, 1)
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "padding"])
+def test_attention_in_bf16_is_that_of_single_precision_to_its_rounding(mask):
+    torch.manual_seed(0)
+    layer, tokens = torch.nn.MultiheadAttention(128, 2, batch_first=True), torch.randn(3, 7, 128)
+    given = {"none": {}, "causal": {"causal": True}, "padding": {"mask": (torch.arange(7) < 4).expand(3, 1, 1, 7)}}[
+        mask
+    ]
+    found = []
+    for bf16 in (False, True):
+        entered = tokens.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            states = attend(layer, entered, **given)
+        states.float().pow(2).sum().backward()
+        found.append((states.detach().float(), entered.grad))
+    for exact, rounded in zip(*found, strict=True):
+        assert (exact - rounded).norm() < 0.02 * exact.norm()
+        assert not torch.equal(exact, rounded)

@@ -42,14 +42,6 @@ class Team(NamedTuple):
         """
         return rows if self.processes == 1 else _Gathered.apply(rows, self, count)
 
-    def told(self, said: Any) -> Any:
-        """What process 0 says, in every process."""
-        if self.processes == 1:
-            return said
-        box = [said]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-
     def wait(self) -> None:
         """Go on when all processes are here."""
         if self.processes > 1:

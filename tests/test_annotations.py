@@ -604,9 +604,9 @@ def test_ten_thousand_records_load_in_less_than_three_seconds(tmp_path):
     ]
     draw(tmp_path / "0" / "0.jpg")
     dataset = own(tmp_path, content)
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(load_annotations(dataset)) == 20_000
-    assert time.perf_counter() - start < 3  # about 0.1 s on an idle core: a wide margin for a busy one
+    assert time.process_time() - start < 3  # about 0.1 s: what others compute meanwhile does not count
 
 
 def test_the_readers_leave_torch_alone():

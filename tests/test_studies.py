@@ -150,10 +150,10 @@ def test_a_grid_runs_once_each_survives_a_failure_and_is_not_repeated(grid, tmp_
     assert bar.text == "1 of 2 runs finished, 1 failed"
 
     monkeypatch.setattr(studies.subprocess, "Popen", lambda *_, **__: pytest.fail("a finished run was started"))
-    began = time.perf_counter()
+    began = time.process_time()
     again = run_all(grid[:2])
     assert list(again.status) == ["finished", "finished"]
-    assert time.perf_counter() - began < 3
+    assert time.process_time() - began < 3
     assert again.seconds[0] == pytest.approx(found.seconds[0], rel=0.5)
     assert estimate(grid[:2]) == "1 run, 1 of them finished; nothing is left to run."
     table = compare(again, "itc")

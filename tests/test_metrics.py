@@ -19,6 +19,7 @@ from irra_core.metrics import (
 
 REFERENCE = np.load(Path(__file__).parent / "reference" / "irra_reference.npz")
 NAMES = ["R1", "R5", "R10", "mAP", "mINP"]
+pytestmark = pytest.mark.filterwarnings("error")  # torch only warns where an output of the wrong size is resized
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 

@@ -209,11 +209,13 @@ def machine_line(result: Mapping[str, Any]) -> str:
     """The machine, its measured limits and its load in a sentence or two."""
     machine, limits = result["machine"], result["limits"]
     loads = sorted(row["load"] for row in result["rows"])
-    device = f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads"
+    counts = sorted({len(row["ours"]["all"]) for row in result["rows"] if row["ours"]})
+    times = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))) if counts else "0"
+    device = f"{machine['processor']}, {machine['cores']} cores, torch threads: {machine['threads']}"
     if machine["device"] != "cpu":
         device = f"{machine['device']} ({device})"
     return (
-        f"{device}, torch {machine['packages']['torch']}. Measured limits: {limits['fp32'] / 1e9:,.0f} GFLOP/s in "
+        f"{device}; torch {machine['packages']['torch']}. Measured limits: {limits['fp32'] / 1e9:,.0f} GFLOP/s in "
         f"fp32, {limits['bf16'] / 1e9:,.0f} in bf16, {limits['memory'] / 1e9:.1f} GB/s copied. Median "
-        f"of {result['repeats']} in turns (best in brackets); load average {loads[0]:.1f} to {loads[-1]:.1f}."
+        f"of {times} in turns (best in brackets); load average {loads[0]:.1f} to {loads[-1]:.1f}."
     )

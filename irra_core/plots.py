@@ -300,7 +300,7 @@ def speedups(results: DataFrame, *, ax: Axes | None = None) -> Axes:
         ax.annotate(text, (ratio, place), (side, 9), textcoords="offset points", ha=align, fontsize=9, color=INK)
     ax.axvline(1, color=QUIET, linewidth=1.2)
     ax.set_xscale("log")
-    ax.margins(x=0.12)
+    ax.margins(x=0.16)
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
     ax.xaxis.set_minor_formatter(lambda value, _: "")
     ax.set_yticks(places, [_wrap(name, 44, most=2) for name in results["what"]])
@@ -329,7 +329,7 @@ def time_parts(parts: DataFrame, *, hue: str | None = None, ax: Axes | None = No
     ax.margins(x=0.1)
     ax.set(xlabel="milliseconds", ylabel="")
     if hue is not None:
-        ax.legend(frameon=False, title=hue, loc="lower right")
+        ax.legend(frameon=False, title=hue, loc="upper right")
     return _finish(ax, grid="x")
 
 

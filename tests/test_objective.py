@@ -10,12 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import NARROW
 
 import irra_core as irra
+from irra_core import backbone
 from irra_core.batches import Batches
 from irra_core.distributed import ALONE, joined
 from irra_core.objective import Objective, loss_parts
 from irra_core.text import tokenize
+
+pytestmark = pytest.mark.usefixtures("narrow")
 
 CASES = {  # name → what the recipe says
     "every loss": {"losses": "sdm+itc+cmpm+cmpc+tal+id+mlm"},
@@ -176,6 +180,7 @@ def most_saved(objective, batch) -> int:
 
 
 if __name__ == "__main__":
+    backbone.SMALL_CLIP = NARROW
     with joined() as team:
         torch.set_num_threads(1)
         for number, (case, steps, double, changes) in enumerate(RUNS.values()):

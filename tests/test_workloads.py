@@ -171,3 +171,9 @@ def test_the_rows_of_a_gpu_are_not_measured_without_one_and_run_on_any_device(be
 
 def test_the_import_is_timed_in_a_fresh_process():
     assert float(workloads._in_child(workloads.IMPORT)) < 5
+
+
+def test_a_kernel_is_started_and_one_that_cannot_import_is_told():
+    assert 0 < workloads._kernel_ready("import json") < 60
+    with pytest.raises(RuntimeError, match="No module named 'no_such'"):
+        workloads._kernel_ready("import no_such")

@@ -20,7 +20,7 @@ train: .venv/ready  ## trains on the default data set; ARGS="-p dataset rstp -p 
 
 test: .venv/ready lint  ## everything that continuous integration checks
 	@if [ "$$CI" = true ]; then $(MAKE) browser; fi
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 	$(MAKE) notebooks
 
 test-long: .venv/ready  ## kills more than 50 training processes, and watches memory and files over 10,000 steps

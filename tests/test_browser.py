@@ -23,6 +23,7 @@ from pandas import DataFrame
 
 import irra_core as irra
 
+pytestmark = pytest.mark.notebook
 ROOT = Path(__file__).parents[1]
 WAIT = 60_000  # ms, for what needs a kernel
 HOSTILE = '<script>window.hacked = 1</script> <img src=x onerror="window.hacked = 1"> a man'

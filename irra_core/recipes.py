@@ -181,7 +181,7 @@ SMALL = {
     "lr": 3e-4,  # higher ones undo the pretraining in the first epoch
     "new_lr_factor": 2.0,
     "adam_beta2": 0.98,  # from random weights 0.999 stays on InfoNCE's first plateau for epochs
-    "epochs": 9,
+    "epochs": 13,
     "warmup_epochs": 0,
 }
 SMALL_FROM_SCRATCH = {  # nothing is pretrained, nothing is slow; few epochs see a photo too seldom to vary it much

@@ -33,7 +33,7 @@ from irra_core.images import cache_root, image_array, open_annotations
 from irra_core.linear import linear
 from irra_core.metrics import query_metrics_from_features, retrieval_metrics
 from irra_core.model import IRRA, build_model
-from irra_core.objective import loss_parts
+from irra_core.objective import Objective, loss_parts
 from irra_core.recipes import Recipe, recipe, smoke
 from irra_core.text import tokenize
 from irra_core.training import build_optimiser, step_precision
@@ -230,9 +230,8 @@ def _step_rows(bench: Bench, work: str, chosen: Recipe, people: int, targets: Ma
 
 def _step(model: IRRA, optimiser: torch.optim.Optimizer, batch: Batch, chosen: Recipe, precision: str) -> None:
     """One training step on a batch that is there, as `train` makes it."""
-    loss = torch.stack(list(loss_parts(model, batch, chosen, precision).values())).sum()
     optimiser.zero_grad(set_to_none=True)
-    loss.backward()
+    Objective(model, chosen, precision)(batch)
     optimiser.step()
 
 

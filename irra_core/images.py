@@ -53,7 +53,8 @@ TURNS = {  # EXIF orientation → what makes the picture upright
 VERSION = 1  # of what decoding does to a picture: arrays of another version are not used
 GROUP = 8  # images that a thread takes at once: handing over single ones costs 5 % of the time
 MOST_UNREADABLE = 0.01  # of a data set's photos; with more, a run does not begin
-WAITING = 4  # groups a core that may wait to be written: little memory, and no core waits for another
+WAITING = 4  # groups a core that may wait for their reader: little memory, and no core waits for another
+SYNC_BYTES = 2**24  # written through to the disk at once, while the cores decode on: the end then waits for little
 
 
 class UnreadableImages(ValueError):
@@ -215,15 +216,28 @@ def _make(array: Path, files: list[str], shape: tuple[int, int, int, int], progr
 def _write(file: BinaryIO, files: list[str], shape: tuple[int, int, int, int], progress: Callable | None) -> str:
     """Write header and pixels through to the disk; gives the array's digest."""
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    file.flush()
+    start, size = file.tell(), math.prod(shape[1:])
+
+    def keep(place: int, images: list[Decoded | str]) -> list[bytes | str]:
+        bands = [band for image in images if isinstance(image, Decoded) for band in image.bands]
+        at = start + place * size
+        rest = sum(map(len, bands)) - os.pwritev(file.fileno(), bands, at)
+        while rest:  # where the disk is full a part is taken, and the next call says why
+            content = b"".join(bands)
+            rest -= os.pwrite(file.fileno(), content[-rest:], at + len(content) - rest)
+        return [image.digest if isinstance(image, Decoded) else image for image in images]
+
     digest, unreadable = hashlib.blake2b(f"{VERSION} {shape}".encode(), digest_size=16), {}
     bar = progress(total=len(files), desc="decoding images", unit="image") if progress else None
     try:
-        for path, image in zip(files, decode_images(files, *shape[2:]), strict=True):
-            if isinstance(image, str):
-                unreadable[path] = image
-            elif not unreadable:
-                file.write(image.pixels)
-                digest.update(image.digest)
+        for place, kept in enumerate(decode_images(files, *shape[2:], keep)):
+            if isinstance(kept, str):
+                unreadable[files[place]] = kept
+            else:
+                digest.update(kept)
+            if (place + 1) % max(1, SYNC_BYTES // size) == 0:
+                os.fsync(file.fileno())
             if bar is not None:
                 bar.update(1)
     finally:
@@ -231,26 +245,39 @@ def _write(file: BinaryIO, files: list[str], shape: tuple[int, int, int, int], p
             bar.close()
     if unreadable:
         raise UnreadableImages(unreadable)
-    file.flush()
     os.fsync(file.fileno())
     return digest.hexdigest()
 
 
 class Decoded(NamedTuple):
-    """A decoded image: its [3, height, width] bytes, and the digest of the file's own bytes."""
+    """A decoded image: its red, green and blue [height, width] bytes, and the digest of the file's own bytes."""
 
-    pixels: bytes
+    bands: tuple[bytes, bytes, bytes]
     digest: bytes
 
+    @property
+    def pixels(self) -> bytes:
+        """The [3, height, width] bytes."""
+        return b"".join(self.bands)
 
-def decode_images(files: list[str], height: int, width: int) -> Iterator[Decoded | str]:
-    """Each file's image, or the reason why there is none, in order, decoded on all cores, a few ahead of the reader."""
+
+def decode_images(
+    files: list[str], height: int, width: int, keep: Callable[[int, list[Decoded | str]], list] | None = None
+) -> Iterator[Any]:
+    """Each file's `Decoded` or the reason why there is none, in order, decoded on all cores, a few ahead of the reader.
+
+    `keep` takes the place of the first and a group of them, on all cores too; what it gives is yielded in their stead.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+    def decoded(start: int) -> list[Any]:
+        images = [_decode(file, height, width) for file in files[start : start + GROUP]]
+        return keep(start, images) if keep else images
+
     waiting: deque[Future] = deque()
     with ThreadPoolExecutor(cores) as pool:  # threads: Pillow decodes and resizes without the interpreter's lock
         for start in range(0, len(files), GROUP):
-            group = files[start : start + GROUP]
-            waiting.append(pool.submit(lambda group: [_decode(file, height, width) for file in group], group))
+            waiting.append(pool.submit(decoded, start))
             if len(waiting) > WAITING * cores:
                 yield from waiting.popleft().result()
         while waiting:
@@ -272,8 +299,8 @@ def _decode(file: str, height: int, width: int) -> Decoded | str:
             if image.mode == "F":
                 return "has floating-point pixels of no known range: save it with 8 bits a channel"
             small = _upright(_rgb(image)).resize((width, height), Image.Resampling.BILINEAR)
-        pixels = b"".join(small.tobytes("raw", band) for band in "RGB")
-        return Decoded(pixels, hashlib.blake2b(content, digest_size=16).digest())
+        bands = tuple(small.tobytes("raw", band) for band in "RGB")
+        return Decoded(bands, hashlib.blake2b(content, digest_size=16).digest())
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         return f"{error}: save it smaller"
     except Exception as error:  # a broken file makes Pillow raise almost anything

@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -417,6 +418,19 @@ def test_a_disk_that_fills_while_the_array_is_written_is_named_and_cleared(tmp_p
     with pytest.raises(OSError, match=r"cannot be made in .*No space left.*IRRA_CACHE") as error:
         image_array(photos(tmp_path), HEIGHT, WIDTH)
     assert error.value.errno == errno.ENOSPC
+    assert list(cache.iterdir()) == []
+
+
+def test_a_write_that_is_cut_short_is_named_and_cleared(tmp_path, cache):
+    paths = photos(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, limits[1]))  # the system takes 1,000 bytes, then refuses
+    try:
+        with pytest.raises(OSError, match=r"cannot be made in .*too large.*IRRA_CACHE") as error:
+            image_array(paths, HEIGHT, WIDTH)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.errno == errno.EFBIG
     assert list(cache.iterdir()) == []
 
 

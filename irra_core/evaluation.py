@@ -14,7 +14,7 @@ from torch import Tensor
 
 from irra_core.distributed import ALONE, Team
 from irra_core.images import image_array, normalise
-from irra_core.metrics import bootstrap_interval, query_metrics_from_features
+from irra_core.metrics import bootstrap_intervals, query_metrics_from_features
 from irra_core.text import VOCABULARY, tokenize, trim
 
 METRICS = {"R1": "R1", "R5": "R5", "R10": "R10", "mAP": "AP", "mINP": "INP"}  # score → its value for one query
@@ -106,10 +106,11 @@ def rank_features(
     found = _ranked_by(team, text, image, query_pids, gallery_pids)
     back = _ranked_by(team, image, text, gallery_pids, query_pids)
     hard = np.isin(queries.pid.to_numpy(), list(hard_pids))
-    columns = ["pid", "image_id"]
+    about = {name: queries[name] for name in ("pid", "image_id", "caption")}
+    about_photos = {name: photos[name] for name in ("pid", "image_id")}
     return Evaluation(
-        text_to_image=queries[[*columns, "caption"]].assign(hard=hard, **{n: v.numpy() for n, v in found.items()}),
-        image_to_text=photos[columns].assign(**{name: value.numpy() for name, value in back.items()}),
+        text_to_image=DataFrame(about | {"hard": hard} | {name: value.numpy() for name, value in found.items()}),
+        image_to_text=DataFrame(about_photos | {name: value.numpy() for name, value in back.items()}),
         images=len(photos),
     )
 
@@ -131,12 +132,10 @@ def _ranked_by(
 
 def scores(queries: DataFrame) -> dict[str, Interval]:
     """R1, R5, R10, mAP and mINP of per-query values, each with its 95 % interval."""
-    pids = queries.pid.to_numpy()
-    found = {}
-    for name, column in METRICS.items():
-        values = queries[column].to_numpy(dtype=np.float64)
-        found[name] = (float(values.mean()), *bootstrap_interval(values, pids))
-    return found
+    values = np.stack([queries[column].to_numpy(dtype=np.float64) for column in METRICS.values()], axis=1)
+    ends = bootstrap_intervals(values, queries.pid.to_numpy())
+    found = np.column_stack([values.mean(0), ends]).tolist()
+    return {name: tuple(interval) for name, interval in zip(METRICS, found, strict=True)}
 
 
 def gain(after: DataFrame, before: DataFrame) -> dict[str, Interval]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Num, UInt16
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from irra_core.linear import linear
@@ -190,23 +190,29 @@ def bootstrap_interval(
     gives an interval without width. Raises ValueError for NaN (queries that were skipped).
     """
     values, pids = (x.cpu().numpy() if isinstance(x, Tensor) else np.asarray(x) for x in (values, pids))
-    if np.isnan(values).any():
-        raise ValueError(f"{np.isnan(values).sum()} of {len(values)} values are NaN: drop those queries first")
-    _, person = np.unique(pids, return_inverse=True)
-    totals = np.stack([np.bincount(person, values), np.bincount(person)], axis=1)
-    drawn = _drawn(len(totals), draws, seed)
-    parts = [part.astype(np.float64) @ totals for part in np.array_split(drawn, drawn.size // 2**22 + 1)]
-    total, size = np.concatenate(parts).T
-    low, high = np.quantile(total / size, [0.025, 0.975])
+    ((low, high),) = bootstrap_intervals(values[:, None], pids, draws, seed)
     return float(low), float(high)
 
 
+def bootstrap_intervals(
+    values: Float[np.ndarray, "queries scores"], pids: Int[np.ndarray, " queries"], draws: int = 2000, seed: int = 0
+) -> Float[np.ndarray, "scores 2"]:
+    """`bootstrap_interval` of several scores of the same queries, of the same draws: one pass over them for all."""
+    if np.isnan(values).any():
+        raise ValueError(f"{np.isnan(values).sum()} of {values.size} values are NaN: drop those queries first")
+    _, person = np.unique(pids, return_inverse=True)
+    totals = np.stack([*(np.bincount(person, column) for column in values.T), np.bincount(person)], axis=1)
+    drawn, totals = _drawn(len(totals), draws, seed), torch.from_numpy(totals)
+    rows = max(1, 2**22 // len(totals))  # torch multiplies: a second library's threads would wait for its own
+    found = torch.cat([part.double() @ totals for part in torch.from_numpy(drawn).split(rows)]).numpy()
+    return np.quantile(found[:, :-1] / found[:, -1:], [0.025, 0.975], axis=0).T
+
+
 @functools.lru_cache(maxsize=1)
-def _drawn(people: int, draws: int, seed: int) -> UInt16[np.ndarray, "draws people"]:
-    """How often each person is in each draw; kept, because the scores of an evaluation are asked one after another."""
+def _drawn(people: int, draws: int, seed: int) -> Int[np.ndarray, "draws people"]:
+    """How often each person is in each draw; kept, because both directions of an evaluation have the same people."""
     drawn = np.random.default_rng(seed).integers(people, size=(draws, people), dtype=np.int32)
-    counts = np.empty((draws, people), dtype=np.uint16)
+    counts = np.empty((draws, people), dtype=np.int16)
     for row, chosen in zip(counts, drawn, strict=True):
         row[:] = np.bincount(chosen, minlength=people)
-    counts.flags.writeable = False
     return counts

@@ -3,6 +3,7 @@
 import html
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 import torch
@@ -50,21 +51,24 @@ def _encode(caption: str, mask: str) -> list[int]:
 
 def _encode_plain(text: str) -> list[int]:
     """The first token ids of a text without masks, at least 75 where it has so many."""
+    pieces = _pieces(text)
+    if len(pieces) <= CONTEXT and len(text) <= LONGEST:  # as captions are
+        return list(chain.from_iterable(map(_piece, pieces)))
     ids: list[int] = []
-    for piece in _clean(text).split(" "):
+    for piece in pieces:
         ids += _piece(piece[:LONGEST])
         if len(ids) >= CONTEXT - 2:
             break
     return ids
 
 
-def _clean(text: str) -> str:
-    """The text as CLIP reads it: mended, unescaped, single spaces, lower case. Plain ASCII needs no mending."""
+def _pieces(text: str) -> list[str]:
+    """What stands between spaces in the text as CLIP reads it: mended, unescaped, lower case. ASCII is not broken."""
     if not (text.isascii() and text.isprintable() and "&" not in text):
         import ftfy
 
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
+    return text.lower().split()
 
 
 @lru_cache(maxsize=2**16)

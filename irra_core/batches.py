@@ -8,7 +8,7 @@ from jaxtyping import Float, Int, UInt8
 from pandas import DataFrame
 from torch import Tensor
 
-from irra_core.distributed import Team
+from irra_core.distributed import member
 from irra_core.images import augment, draw_augmentation
 from irra_core.recipes import Recipe
 from irra_core.text import mask_tokens, masked_words, tokenize, trim
@@ -100,13 +100,13 @@ class Batches:
         The parts, in the order of the processes, are the whole batch; they differ by at most one row, so those of a
         batch with fewer rows than processes may be empty.
         """
-        if step < 0 or not 0 <= process < processes:
-            accepted = "steps count from 0, processes from 0 to the number of processes - 1"
-            raise ValueError(f"step {step}, process {process} of {processes}: {accepted}")
+        if step < 0:
+            raise ValueError(f"step is {step}: steps count from 0")
+        team = member(process, processes)
         recipe, rows = self.recipe, self._rows(step)
         tokens, masked, labels = self._captions(rows, step)
         augmentation = draw_augmentation(len(rows), recipe, self._generator(AUGMENTATION, step))
-        part = Team(process, processes).part(len(rows))
+        part = team.part(len(rows))
         whole, rows = rows, rows[part]
         return Batch(
             images=augment(self._pixels(self.images[rows]), augmentation.part(part), recipe),

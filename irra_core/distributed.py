@@ -51,6 +51,13 @@ class Team(NamedTuple):
 ALONE = Team()
 
 
+def member(process: int, processes: int) -> Team:
+    """The team of so many processes as that one sees it. Raises ValueError where there is no such one."""
+    if not 0 <= process < processes:
+        raise ValueError(f"process is {process} of {processes}: accepted is 0 to the number of processes - 1")
+    return Team(process, processes)
+
+
 class _Gathered(torch.autograd.Function):
     """all_gather of parts that may differ by a row; backward all_reduce, and the own part of it."""
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from irra_core.checkpoints import replaced
-from irra_core.distributed import Team
+from irra_core.distributed import ALONE, Team, member
 from irra_core.evaluation import encode_images, encode_texts
 from irra_core.images import UnreadableImages, decode_images
 from irra_core.milvus import Milvus, is_milvus
@@ -74,13 +74,15 @@ class Gallery:
             raise ValueError(
                 f"url is {url!r} and folder {folder!r}: accepted is one, url a path ending in .db or http://…"
             )
-        _check_processes(process, processes, folder or url)
+        team = member(process, processes)
+        if processes > 1 and not (folder or url):
+            raise ValueError(f"processes is {processes}, but their shares would meet nowhere: give a folder or a url")
         head = Path(folder) / HEAD if folder else None
         gallery = cls._begun(model, index, url, head)
         gallery.precision = recipe.precision if recipe else "auto"
         photos = _photo_table(images)
-        mine = photos[Team(process, processes).part(len(photos))]
-        gallery._add(mine, progress, folder, (process, processes))
+        mine = photos[team.part(len(photos))]
+        gallery._add(mine, progress, folder, team)
         if len(mine) or processes == 1:
             _check_filled(gallery, images)
         if head and processes == 1:
@@ -201,11 +203,11 @@ class Gallery:
         """How many photos of a table, a folder or a single file were added; those already here are skipped."""
         return self._add(images, progress)
 
-    def _add(self, images, progress=None, folder: str | Path | None = None, numbers: tuple[int, int] = (0, 1)) -> int:
+    def _add(self, images, progress=None, folder: str | Path | None = None, team: Team = ALONE) -> int:
         photos = self._new(_photo_table(images))
         unreadable: list[tuple[str, str]] = []
         shards = _encoded(self.model, photos, self.precision, unreadable, progress)
-        self._store.extend(_written(shards, Path(folder), numbers) if folder else shards)
+        self._store.extend(_written(shards, Path(folder), team) if folder else shards)
         listed = DataFrame(unreadable, columns=["path", "reason"], dtype="str")
         earlier = self.unreadable[~self.unreadable.path.isin(photos.path)]
         self.unreadable = pd.concat([earlier, listed], ignore_index=True)
@@ -279,13 +281,6 @@ def _check_filled(gallery: Gallery, images: DataFrame | str | Path) -> None:
         listed = "".join(f"; {row.path}: {row.reason}" for row in gallery.unreadable[:3].itertuples())
         source = "the table" if isinstance(images, DataFrame) else images
         raise ValueError(f"{source} has no photo that can be read ({len(gallery.unreadable)} unreadable{listed})")
-
-
-def _check_processes(process: int, processes: int, place: str | Path | None) -> None:
-    if not 0 <= process < processes:
-        raise ValueError(f"process is {process} of {processes}: accepted is 0 to the number of processes - 1")
-    if processes > 1 and place is None:
-        raise ValueError(f"processes is {processes}, but their shares would meet nowhere: give a folder or a url")
 
 
 def _check_index(index: str) -> str:
@@ -402,21 +397,19 @@ def _read(paths: list[str], size: tuple[int, int]) -> tuple[UInt8[np.ndarray, "n
     return np.frombuffer(content, np.uint8).reshape(-1, 3, *size), reasons
 
 
-def _written(shards: Iterable[Shard], folder: Path, numbers: tuple[int, int]) -> Iterator[Shard]:
+def _written(shards: Iterable[Shard], folder: Path, team: Team) -> Iterator[Shard]:
     """The same shards, each on disk before it is handed on."""
     for photos, features in shards:
-        _write_part(folder, photos, features, numbers)
+        _write_part(folder, photos, features, team)
         yield photos, features
 
 
-def _write_part(
-    folder: Path, photos: DataFrame, features: Float32[np.ndarray, "n dim"], numbers: tuple[int, int] = (0, 1)
-) -> None:
+def _write_part(folder: Path, photos: DataFrame, features: Float32[np.ndarray, "n dim"], team: Team = ALONE) -> None:
     """A part of a gallery's folder. The features come last: a part without them does not count.
 
     Process p of n counts p, p + n, p + 2n, …, so that no two write the same part.
     """
-    process, processes = numbers
+    process, processes = team
     taken = [int(path.stem.removeprefix("part-")) for path in folder.glob("part-*.safetensors")]
     free = max(taken, default=-1) + 1
     part = folder / f"part-{free + (process - free) % processes:05}"

@@ -62,6 +62,10 @@ def train(
         yield from _history(folder)
     elif processes == 1:
         yield from _trained(recipe, annotations, folder, progress, wait=wait)
+    elif wait:
+        with runs.locked(folder, wait, progress):  # until whoever trains here has ended
+            pass
+        yield from train(recipe, annotations, folder, progress, processes)
     else:
         runs.write_table(folder, annotations)
         yield from launched("irra_core.training", folder, processes, progress)

@@ -75,6 +75,27 @@ def test_a_run_of_two_processes_stopped_and_resumed_is_the_run_of_one(annotation
     assert not (tmp_path / "two" / runs.TABLE).exists()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"adapter_rank": 2, "frozen": "text"}, {"frozen": "image", "micro_batch": 3}],
+    ids=["adapters beside a frozen encoder", "a frozen encoder, in pieces"],
+)
+def test_two_processes_train_what_is_not_frozen_as_one_does(changes, annotations, tiny, tmp_path):
+    recipe = tiny.replace(precision="fp32", adam_eps=1e-4, max_steps=3, lr=1e-3, select_on="last", **changes)
+    start = irra.build_model(recipe.replace(adapter_rank=0, frozen="none"), 10).state_dict()
+    for count in (1, 2):
+        list(train(recipe, annotations, tmp_path / str(count), processes=count))
+    single, double = (load_file(tmp_path / count / runs.WEIGHTS) for count in "12")
+    moved = {name: (single[name] - start[name]).abs().max() for name in start}
+    for name, distance in moved.items():
+        assert (double[name] - single[name]).abs().max() <= 1e-2 * distance + 1e-6, name
+    visual = {name: distance for name, distance in moved.items() if name.startswith("clip.visual.")}
+    textual = {name: distance for name, distance in moved.items() if name.startswith("clip.") and name not in visual}
+    frozen, learnt = (visual, textual) if recipe.frozen == "image" else (textual, visual)
+    assert not any(frozen.values())
+    assert any(learnt.values())
+
+
 def test_what_stops_the_first_process_is_raised_where_it_was_started(annotations, tiny, tmp_path):
     with runs.locked(tmp_path / "run"), pytest.raises(RuntimeError, match=r"run is being trained by process \d+"):
         list(train(tiny, annotations, tmp_path / "run", processes=2))

@@ -206,8 +206,9 @@ def test_the_second_process_in_a_run_folder_is_refused_and_told_who_is_there(unh
     assert next(train(irra.recipe(**TINY), annotations, tmp_path / "run"))["step"] == 2  # the lock went with it
 
 
+@pytest.mark.parametrize("processes", [1, 2])
 def test_who_needs_the_same_run_waits_for_the_process_that_trains_it_and_takes_it(
-    unharmed, annotations, tmp_path, monkeypatch
+    processes, unharmed, annotations, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("IRRA_REPORTS", str(tmp_path))
     recipe, said = irra.recipe(**TINY), []
@@ -225,8 +226,13 @@ def test_who_needs_the_same_run_waits_for_the_process_that_trains_it_and_takes_i
             said.append(desc)
             super().__init__(*given, desc=desc, disable=True, **named)
 
-    monkeypatch.setattr(training, "_Run", None)  # whoever trains here, fails
-    assert training.trained_run(recipe, annotations, progress=Bar) == folder
+    for trainer in ("_Run", "launched"):
+        monkeypatch.setattr(training, trainer, None)  # whoever trains here, fails
+    if processes == 1:
+        assert training.trained_run(recipe, annotations, progress=Bar) == folder
+    else:
+        rows = list(train(recipe, annotations, folder, Bar, processes, wait=True))
+        assert rows == pd.read_csv(folder / "history.csv").to_dict("records")
     process.join()
     assert [desc for desc in said if f"is being trained by process {process.pid} on" in desc] == said[-1:]
     same(folder, unharmed.folder)

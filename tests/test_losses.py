@@ -178,6 +178,8 @@ def test_mlm_loss_is_the_mean_over_the_words_whose_label_is_not_0():
     assert mlm_loss(logits, labels).item() == pytest.approx(expected, rel=1e-9)
     parts = [mlm_loss(logits[rows], labels[rows], count=4) for rows in (slice(0, 1), slice(1, 3))]
     assert sum(parts).item() == pytest.approx(expected, rel=1e-9)  # two processes, the words of both counted
+    one = slow_cross_entropy([logits[2, 0].tolist()], [1], ignored=0)
+    assert mlm_loss(logits[2, :3], labels[2, :3]).item() == pytest.approx(one, rel=1e-9)  # a single word
 
 
 @pytest.mark.parametrize("words", [0, 3])

@@ -387,6 +387,14 @@ def load_images(paths: Iterable[str | Path], recipe: Recipe) -> Float[Tensor, "n
     return normalise(torch.frombuffer(pixels, dtype=torch.uint8).view(len(files), 3, height, width))
 
 
+def on_device(pixels: UInt8[np.ndarray, "n 3 h w"], device: torch.device) -> UInt8[Tensor, "n 3 h w"]:
+    """A copy of an image array on a device, made piece by piece: the array may be larger than the free memory here."""
+    near = torch.empty(pixels.shape, dtype=torch.uint8, device=device)
+    for start in range(0, len(pixels), 1024):
+        near[start : start + 1024] = torch.from_numpy(np.array(pixels[start : start + 1024]))
+    return near
+
+
 def normalise(pixels: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
     """The pixels as CLIP wants them: 0..1, less MEAN, over STD, in float32, on their device."""
     mean, scale = _mean_and_scale(pixels.device)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from pandas import DataFrame
 from torch import Tensor
 from tqdm import tqdm
@@ -28,13 +28,14 @@ from irra_core.batches import Batch, Batches
 from irra_core.checkpoints import load_checkpoint, load_weights, replaced, save_checkpoint, save_tensors
 from irra_core.distributed import ALONE, Team, joined, launched, tell, telling_errors
 from irra_core.evaluation import Evaluation, evaluate, gain, scores
-from irra_core.images import image_array
+from irra_core.images import image_array, on_device
 from irra_core.model import IRRA, build_model, general_weights
 from irra_core.objective import Objective
 from irra_core.recipes import PLAIN, Recipe, check_processes, pretraining
 from irra_core.synthetic import is_rendered, make_synthetic, synthetic_ceiling, twin_pids
 from irra_core.text import tokenize
 
+RESIDENT_SHARE = 1 / 8  # of a GPU's free memory that the image array may take; the rest is for the step
 READ_LOSSES_EVERY = 20  # steps; on a GPU reading a loss waits for it, so the bar is not moved at every step
 
 
@@ -159,6 +160,11 @@ def step_precision(precision: str, device: torch.device) -> str:
     return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
 
 
+def resides(pixels: UInt8[np.ndarray, "n 3 h w"], device: torch.device) -> bool:
+    """True where the image array is kept on the GPU, so that no step copies photos: where it takes little of it."""
+    return device.type == "cuda" and pixels.nbytes <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
+
+
 def prepare_run(recipe: Recipe, annotations: DataFrame, progress=None) -> Path:
     """The run folder of a recipe, ready for `torchrun … -m irra_core.training FOLDER` on one machine or many.
 
@@ -250,7 +256,8 @@ class _Run:
         self.folder, self.progress, self.team = folder, progress, team
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         table = annotations[annotations.split == "train"].reset_index(drop=True)
-        self.batches = Batches(table, pixels, tokenize(list(table.caption)), recipe, self.device)
+        near = on_device(pixels, self.device) if resides(pixels, self.device) else pixels
+        self.batches = Batches(table, near, tokenize(list(table.caption)), recipe, self.device)
         self.general = pretrained_general(progress) if recipe.pretrained == "general" else None
         self.model = self.initial_model(recipe).to(self.device)
         self.precision = step_precision(recipe.precision, self.device)

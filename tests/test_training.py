@@ -290,6 +290,22 @@ def test_a_step_takes_bf16_where_the_processor_has_it_and_fp32_where_it_does_not
     assert training.step_precision("auto", torch.device("cuda")) == "auto"
 
 
+def test_an_image_array_that_lies_on_the_device_gives_the_same_run(annotations, tiny, tmp_path, monkeypatch):
+    expected = list(train(tiny, annotations, tmp_path / "mapped"))
+    taken = []
+    monkeypatch.setattr(training, "resides", lambda pixels, device: taken.append(type(pixels)) or True)
+    assert list(train(tiny, annotations, tmp_path / "resident")) == expected
+    assert taken == [np.memmap]
+
+
+@pytest.mark.parametrize(("free", "kept"), [(12_000, True), (11_999, False)])
+def test_the_array_is_kept_on_a_gpu_where_it_takes_an_eighth_of_the_free_memory(free, kept, monkeypatch):
+    pixels = np.zeros((5, 3, 10, 10), dtype=np.uint8)  # 1,500 bytes
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+    assert training.resides(pixels, torch.device("cuda")) == kept
+    assert not training.resides(pixels, torch.device("cpu"))
+
+
 def test_what_a_bf16_run_learns_stays_near_fp32_and_its_machine_says_bf16(annotations, tmp_path, tiny):
     rows = {}
     for precision in ("fp32", "bf16"):

@@ -12,6 +12,7 @@ from irra_core import metrics
 from irra_core.metrics import (
     averages,
     bootstrap_interval,
+    bootstrap_intervals,
     query_metrics,
     query_metrics_from_features,
     retrieval_metrics,
@@ -208,6 +209,8 @@ def test_a_similarity_turned_the_wrong_way_is_an_error_that_names_the_shapes():
     unchecked = query_metrics.__wrapped__ if hasattr(query_metrics, "__wrapped__") else query_metrics
     with pytest.raises(ValueError, match=r"similarity is \(60, 40\), but there are 40 query_pids and 60 gallery_pids"):
         unchecked(similarity.T, query_pids, gallery_pids)
+    with pytest.raises(ValueError, match=r"similarity is \(40, 60\), but there are 60 query_pids and 40 gallery_pids"):
+        unchecked(similarity, gallery_pids, query_pids)
 
 
 def slow_interval(values, pids, draws, seed):
@@ -235,6 +238,17 @@ def test_the_interval_is_that_of_the_slow_bootstrap_over_identities():
     assert bootstrap_interval(values, pids, draws=200, seed=4) == pytest.approx(expected, rel=1e-12)
     assert bootstrap_interval(values.numpy(), pids.numpy(), draws=200, seed=4) == pytest.approx(expected, rel=1e-12)
     assert bootstrap_interval(values, pids, draws=200, seed=5) != pytest.approx(expected, rel=1e-3)
+    assert bootstrap_interval(values, pids) == bootstrap_interval(values, pids, draws=2000, seed=0)
+
+
+def test_the_intervals_of_several_scores_are_those_of_each_alone():
+    numbers = np.random.default_rng(0)
+    values, pids = numbers.random((30, 3)) * (1, 10, 100), numbers.integers(8, size=30)
+    alone = [bootstrap_interval(column, pids, draws=2000, seed=0) for column in values.T]
+    assert bootstrap_intervals(values, pids).tolist() == [pytest.approx(ends, rel=1e-12) for ends in alone]
+    values[2, 1] = np.nan
+    with pytest.raises(ValueError, match="1 of 90 values are NaN"):
+        bootstrap_intervals(values, pids)
 
 
 def test_the_interval_of_a_difference_is_narrower_than_those_of_two_models_that_err_alike():

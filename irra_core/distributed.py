@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,12 +110,17 @@ def tell(kind: str, said: Any) -> None:
 
 @contextmanager
 def telling_errors(wanted: bool = True) -> Iterator[None]:
-    """An error within is told before it is raised, so that the process that started this one can raise it too."""
+    """An error within is told before it is raised, so that the process that started this one can raise it too.
+
+    The others wait a moment: torchrun ends all when one ends, and the same error is to be told before.
+    """
     try:
         yield
     except Exception as error:
         if wanted:
             tell("error", [type(error).__name__, str(error)])
+        elif "RANK" in os.environ:
+            time.sleep(2)
         raise
 
 

@@ -192,7 +192,7 @@ def encode_texts(
 ) -> Float[Tensor, "n dim"]:
     """L2-normalised float32 features, on the CPU, of sentences."""
     device = next(model.parameters()).device
-    tokens = tokenize(list(captions))
+    tokens = tokenize(list(captions) or [""])  # of no sentences, features of the right width
     order = (tokens != 0).sum(1).argsort(stable=True)  # captions of one length together: little padding to compute
 
     def encode(start: int) -> Tensor:
@@ -200,7 +200,7 @@ def encode_texts(
         return model.encode_text(chunk.to(device))
 
     found = _encoded(model, encode, len(tokens), batch_size, precision, progress, "sentences")
-    return torch.empty_like(found).index_copy_(0, order, found)
+    return torch.empty_like(found).index_copy_(0, order, found)[: len(captions)]
 
 
 def _encoded(model, encode, count: int, batch_size: int, precision: str, progress, unit: str) -> Tensor:
@@ -222,14 +222,23 @@ def _encoded(model, encode, count: int, batch_size: int, precision: str, progres
     return torch.cat(parts).clone()  # a tensor of its own, not of inference mode
 
 
+def computes_bf16(device: torch.device) -> bool:
+    """True where the device has instructions for bf16: what only imitates them is slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # older torch cannot say
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
 @contextlib.contextmanager
 def autocast(device: torch.device, precision: str) -> Iterator[None]:
-    """The arithmetic that a recipe's `precision` asks for on this device (`auto`: bf16 on GPU, fp32 on CPU).
+    """The arithmetic that a recipe's `precision` asks for here (`auto`: bf16 on a GPU that has it, else fp32).
 
     With fp16 the weights are half too (see training.half_weights) and nothing scales the loss, as released. Training
     steps also take bf16 on a CPU that computes it (see training.step_precision); scores are fp32 there.
     """
-    chosen = {"auto": torch.bfloat16 if device.type == "cuda" else None, "bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = chosen.get(precision)
+    if precision == "auto" and device.type == "cuda" and computes_bf16(device):
+        precision = "bf16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     with torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext():
         yield

@@ -27,7 +27,7 @@ from irra_core.backbone import read_weights
 from irra_core.batches import Batch, Batches
 from irra_core.checkpoints import load_checkpoint, load_weights, replaced, save_checkpoint, save_tensors
 from irra_core.distributed import ALONE, Team, joined, launched, tell, telling_errors
-from irra_core.evaluation import Evaluation, evaluate, gain, scores
+from irra_core.evaluation import Evaluation, computes_bf16, evaluate, gain, scores
 from irra_core.images import image_array, on_device
 from irra_core.model import IRRA, build_model, general_weights
 from irra_core.objective import Objective
@@ -124,18 +124,36 @@ def learning_rate_and_decay(name: str, recipe: Recipe) -> tuple[float, float]:
 def build_optimiser(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Adam:
     """Adam over the few groups of parameters that share learning rate and weight decay.
 
-    Each group keeps its `factor`, the multiple of the schedule's learning rate.
+    Each group keeps its `factor`, the multiple of the schedule's learning rate. While `found_inf` is 1, a step leaves
+    all as it is.
     """
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups.setdefault(learning_rate_and_decay(name, recipe), []).append(parameter)
-    return torch.optim.Adam(
+    optimiser = torch.optim.Adam(
         [{"params": p, "lr": lr, "weight_decay": wd, "factor": lr / recipe.lr} for (lr, wd), p in groups.items()],
         betas=(recipe.adam_beta1, recipe.adam_beta2),
         eps=recipe.adam_eps,
         fused=True,
     )
+    optimiser.found_inf = torch.zeros((), device=next(model.parameters()).device)
+    return optimiser
+
+
+def optimise(objective: Objective, optimiser: torch.optim.Adam, batch: Batch) -> Float[Tensor, " numbers"]:
+    """One training step on a batch; the loss parts and the gradient's norm, not yet read from the device.
+
+    From the first step on in which one of them is no number, the weights stand still.
+    """
+    objective.model.train()
+    optimiser.zero_grad(set_to_none=True)
+    parts = objective(batch)
+    numbers = torch.cat([parts, gradient_norm(objective.model)[None]])
+    broken = (~torch.isfinite(numbers).all()).float()
+    optimiser.found_inf.copy_(torch.maximum(optimiser.found_inf, broken))
+    optimiser.step()
+    return numbers
 
 
 def half_weights(model: torch.nn.Module) -> torch.nn.Module:
@@ -150,14 +168,11 @@ def half_weights(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def step_precision(precision: str, device: torch.device) -> str:
-    """The arithmetic of a training step: `auto` is bf16 autocast on a GPU and on a CPU with bf16 instructions.
+    """The arithmetic of a training step: `auto` is bf16 autocast on a GPU or CPU with bf16 instructions, else fp32.
 
     Scores are computed in fp32 on every CPU, so that two machines rank alike. bf16 halves the small model's step.
     """
-    if precision != "auto" or device.type == "cuda":
-        return precision
-    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # older torch cannot say
-    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
+    return precision if precision != "auto" else "bf16" if computes_bf16(device) else "fp32"
 
 
 def resides(pixels: UInt8[np.ndarray, "n 3 h w"], device: torch.device) -> bool:
@@ -173,7 +188,8 @@ def prepare_run(recipe: Recipe, annotations: DataFrame, progress=None) -> Path:
     data = runs.data_digest(annotations, recipe, progress)
     folder = runs.run_folder(recipe, data).path
     runs.begin(folder, recipe, data)
-    runs.write_table(folder, annotations)
+    if not runs.finished(folder):
+        runs.write_table(folder, annotations)
     return folder
 
 
@@ -264,7 +280,6 @@ class _Run:
         if self.precision == "fp16":
             half_weights(self.model)
         self.optimiser = build_optimiser(self.model, recipe)
-        self.optimiser.found_inf = torch.zeros((), device=self.device)  # 1: Adam leaves the weights as they are
         self.unread: list[Tensor] = []  # the loss parts of the last steps, not yet looked at
         self.step, self.history, self.best, self.seconds = 0, [], _Best(0, -math.inf), {"training": 0.0}
         self.objective = Objective(self.model, recipe, self.precision, team)
@@ -307,18 +322,11 @@ class _Run:
 
     def train_step(self) -> Tensor:
         """One step of the optimiser; the loss parts, not yet read from the device."""
-        recipe, model = self.recipe, self.model
-        lr = learning_rate(self.step // self.batches.steps_per_epoch, recipe)
+        lr = learning_rate(self.step // self.batches.steps_per_epoch, self.recipe)
         for group in self.optimiser.param_groups:
             group["lr"] = lr * group["factor"]
-        model.train()
-        self.optimiser.zero_grad(set_to_none=True)
-        parts = self.objective(self.batches.at(self.step, *self.team))
-        self.unread.append(torch.cat([parts, gradient_norm(model)[None]]))
-        broken = (~torch.isfinite(self.unread[-1]).all()).float()
-        self.optimiser.found_inf.copy_(torch.maximum(self.optimiser.found_inf, broken))  # once broken, no step counts
-        self.optimiser.step()
-        return parts
+        self.unread.append(optimise(self.objective, self.optimiser, self.batches.at(self.step, *self.team)))
+        return self.unread[-1][:-1]
 
     def check_finite(self) -> None:
         """Raise FloatingPointError, naming step, parts and learning rate, once a loss or its gradient is no number."""
@@ -331,6 +339,7 @@ class _Run:
         lr = learning_rate(step // self.batches.steps_per_epoch, self.recipe)
         if self.team.leads:
             self.save_failed(step, parts, lr)
+        self.team.wait()  # torchrun ends all processes when the first one ends
         raise FloatingPointError(
             f"a loss or its gradient is not finite at step {step + 1}: {parts}, lr {lr:g}. Lower lr or raise the "
             f"precision. {self.folder} keeps the state of the last evaluation, and for training.replay the weights "
@@ -467,7 +476,7 @@ class _Run:
         """Versions, device, threads, parameters, seconds, peak memory and throughput of this run."""
         import resource
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         images = self.step * self.recipe.batch_size / max(self.seconds["training"], 1e-9)
         gpu = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
         trained = sum(p.numel() for group in self.optimiser.param_groups for p in group["params"])

@@ -1,6 +1,12 @@
 """Several processes on one run folder: the run that one process makes; its errors and its bar where it was started."""
 
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pandas as pd
@@ -10,7 +16,7 @@ from safetensors.torch import load_file
 
 import irra_core as irra
 from irra_core import runs
-from irra_core.distributed import ALONE, Team
+from irra_core.distributed import ALONE, Team, launched
 from irra_core.training import main, prepare_run, train
 
 
@@ -47,6 +53,16 @@ class Bar:
         pass
 
 
+def same_but_for_rounding(folder, whole):
+    """Fail unless two finished runs have the history and the weights of each other."""
+    histories = [pd.read_csv(each / "history.csv") for each in (folder, whole)]
+    pd.testing.assert_frame_equal(*histories, rtol=1e-4)
+    ours, theirs = (load_file(each / runs.WEIGHTS) for each in (folder, whole))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert (ours[name] - value).abs().max() < 1e-3, name
+
+
 def test_a_run_of_two_processes_stopped_and_resumed_is_the_run_of_one(annotations, tiny, tmp_path):
     """7 test photos and captions: they do not divide by two."""
     odd = annotations[annotations.image_id != annotations.image_id.max()].reset_index(drop=True)
@@ -62,9 +78,7 @@ def test_a_run_of_two_processes_stopped_and_resumed_is_the_run_of_one(annotation
     assert [row["step"] for row in rows] == [row["step"] for row in one]
     for name in one[0]:
         assert [row[name] for row in rows] == pytest.approx([row[name] for row in one], rel=1e-4), name
-    single, double = (load_file(tmp_path / folder / runs.WEIGHTS) for folder in ("one", "two"))
-    for name, value in single.items():
-        assert (double[name] - value).abs().max() < 1e-3, name
+    same_but_for_rounding(tmp_path / "two", tmp_path / "one")
     queries = [pd.read_csv(tmp_path / folder / "queries.csv") for folder in ("one", "two")]
     assert queries[0][["pid", "image_id", "hard"]].equals(queries[1][["pid", "image_id", "hard"]])
     metrics = [json.loads((tmp_path / folder / "metrics.json").read_text()) for folder in ("one", "two")]
@@ -73,6 +87,55 @@ def test_a_run_of_two_processes_stopped_and_resumed_is_the_run_of_one(annotation
         np.testing.assert_allclose(metrics[1]["untrained"][score], found, err_msg=score)
     assert json.loads((tmp_path / "two" / "machine.json").read_text())["processes"] == 2
     assert not (tmp_path / "two" / runs.TABLE).exists()
+
+
+def machine(folder, port, output) -> subprocess.Popen:
+    """What a cluster starts on each of two machines: torchrun with one process, on the same folder."""
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *meeting]
+    command += ["--local-addr", "127.0.0.1", "-m", "irra_core.training", str(folder)]
+    return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def end(machines) -> None:
+    """End every torchrun as a scheduler does: it is asked to, ends its process, and is killed if it takes too long."""
+    for each in machines:
+        each.terminate()
+    for each in machines:
+        try:
+            each.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(each.pid, signal.SIGKILL)
+            each.wait()
+
+
+def test_a_run_of_two_machines_that_were_stopped_is_finished_by_one_process_as_one_would(
+    annotations, tiny, tmp_path, monkeypatch
+):
+    recipe = tiny.replace(precision="fp32", adam_eps=1e-4, max_steps=8, epochs=4)
+    monkeypatch.setenv("IRRA_REPORTS", str(tmp_path))
+    folder = prepare_run(recipe, annotations)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with (tmp_path / "output").open("w") as output:
+        machines = [machine(folder, port, output) for _ in range(2)]
+        try:
+            until = time.monotonic() + 240
+            while not (folder / runs.STATE).exists() and time.monotonic() < until:
+                assert [each.poll() for each in machines] == [None, None], (tmp_path / "output").read_text()
+                time.sleep(0.02)
+        finally:
+            end(machines)
+    assert not runs.finished(folder), "the run ended before it could be stopped"
+    said = (tmp_path / "output").read_text()
+    assert f"{recipe.losses}: " in said, "no bar was shown"
+    assert irra.distributed.TOLD not in said
+    kept = pd.read_csv(folder / "history.csv")
+    rows = list(train(recipe, annotations, folder))
+    assert 0 < kept.step[0] < rows[0]["step"], "it began again"
+    list(train(recipe, annotations, tmp_path / "one"))
+    same_but_for_rounding(folder, tmp_path / "one")
 
 
 @pytest.mark.parametrize(
@@ -101,6 +164,31 @@ def test_what_stops_the_first_process_is_raised_where_it_was_started(annotations
         list(train(tiny, annotations, tmp_path / "run", processes=2))
 
 
+SLOW = """
+import sys, time
+from irra_core import training
+quick = training._Run.save_failed
+def slow(*given):
+    time.sleep(4)  # longer than torchrun lets the first process live when the second one ends
+    quick(*given)
+training._Run.save_failed = slow
+training.main(sys.argv[1:])
+"""
+
+
+def test_a_loss_that_is_no_number_is_told_and_kept_however_long_the_first_process_writes(
+    annotations, tiny, tmp_path, monkeypatch
+):
+    (tmp_path / "slow_training.py").write_text(SLOW)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("IRRA_REPORTS", str(tmp_path))
+    folder = prepare_run(tiny.replace(lr=1e30, max_steps=None, epochs=5), annotations)
+    with pytest.raises(FloatingPointError, match="not finite at step"):
+        list(launched("slow_training", folder, 2))
+    assert (folder / runs.FAILED).exists()
+    assert (folder / runs.FAILED_BATCH).exists()
+
+
 @pytest.mark.parametrize("processes", [0, -1, 9])
 def test_a_number_of_processes_without_pairs_is_refused_before_anything_starts(annotations, tiny, tmp_path, processes):
     with pytest.raises(ValueError, match=rf"processes is {processes}: accepted is from 1 to the batch size, 8"):
@@ -116,6 +204,8 @@ def test_a_prepared_folder_is_trained_by_the_command_and_a_bare_one_names_what_i
     main([str(folder)])  # without torchrun's environment: one process
     assert runs.finished(folder)
     main([str(folder)])  # and nothing more to do
+    assert prepare_run(tiny.replace(max_steps=2), annotations) == folder
+    assert not (folder / runs.TABLE).exists()  # the captions are not left in a finished run
     (folder / "metrics.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"annotations\.parquet is not there: .*prepare_run"):
         main([str(folder)])

@@ -74,6 +74,13 @@ def test_features_do_not_depend_on_the_batch_and_have_length_one(model, annotati
     assert torch.allclose(encode_images(model, pixels, batch_size=2), expected, atol=1e-5)
 
 
+def test_of_nothing_there_are_features_of_the_right_width(model):
+    """A process of a team that has no share of few queries."""
+    none = np.zeros((0, 3, *model.image_size), dtype=np.uint8)
+    width = encode_texts(model, ["a person"]).shape[1]
+    assert encode_texts(model, []).shape == encode_images(model, none).shape == (0, width)
+
+
 def test_encoding_leaves_the_model_as_it_was(model, annotations):
     model.train()
     features = encode_texts(model, list(annotations.caption[:2]))

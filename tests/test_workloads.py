@@ -169,6 +169,12 @@ def test_the_rows_of_a_gpu_are_not_measured_without_one_and_run_on_any_device(be
     assert len(encode.ours) == 2
 
 
+def test_what_overlaps_is_covered_once():
+    spans = [(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 2.5), (6.0, 6.5)]
+    assert workloads.covered(spans) == 3.0 + 1.5
+    assert workloads.covered([]) == 0
+
+
 def test_the_import_is_timed_in_a_fresh_process():
     assert float(workloads._in_child(workloads.IMPORT)) < 5
 

@@ -11,7 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -139,9 +139,9 @@ def locked(path: Path, wait: bool = False, progress=None) -> Iterator[None]:
     path.mkdir(parents=True, exist_ok=True)
     file = path / LOCK
     with _lock(file, wait, progress) as opened:
-        opened.truncate(0)
-        opened.write(f"process {os.getpid()} on {platform.node()}")
-        opened.flush()
+        with suppress(OSError):  # on a full disk: whoever waits reads no name, and the first result says what is full
+            os.ftruncate(opened.fileno(), 0)
+            os.write(opened.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
         for part in _half_written(path):
             part.unlink(missing_ok=True)
         try:
@@ -163,20 +163,34 @@ def clear(path: Path) -> None:
 
 
 def _lock(file: Path, wait: bool, progress) -> TextIO:
-    """The open lock file, locked until it is closed or this process dies."""
+    """The open lock file, locked until it is closed or this process dies.
+
+    Raises OSError, naming the folder, where it is not to be had: in a read-only folder, through a link, or on a disk
+    without locks.
+    """
     while True:
-        opened = file.open("a+", encoding="utf-8")
+        try:
+            opened = os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", encoding="utf-8")
+        except OSError as error:
+            raise _no_lock(file, error) from error
         try:
             try:
                 fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 _wait(opened, file, wait, progress)
+            except OSError as error:
+                raise _no_lock(file, error) from error
             if file.exists() and os.path.samestat(os.fstat(opened.fileno()), file.stat()):
                 return opened  # else the one before us has just finished and taken its file away
         except BaseException:
             opened.close()
             raise
         opened.close()
+
+
+def _no_lock(file: Path, error: OSError) -> OSError:
+    remedy = f"make room or grant access there, delete {file.name} if it is a link, or set IRRA_REPORTS to a local disk"
+    return OSError(error.errno, f"run folder {file.parent} cannot be locked ({error.strerror}): {remedy}")
 
 
 def _wait(opened: TextIO, file: Path, wait: bool, progress) -> None:

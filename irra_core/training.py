@@ -349,6 +349,7 @@ class _Run:
     def save_failed(self, step: int, parts: dict[str, float], lr: float) -> None:
         """What `replay` needs: the weights, which have stood still since the step, and its batch."""
         batch = vars(self.batches.at(step))
+        del batch["words_each"]  # no tensor, and its labels tell it
         batch["image_ids"] = self.batches.images[batch["rows"].cpu()]
         said = {"step": str(step + 1), "lr": str(lr), "parts": json.dumps({n: str(v) for n, v in parts.items()})}
         save_checkpoint(self.model, self.recipe, self.folder / runs.FAILED, merge=False)
@@ -369,12 +370,16 @@ class _Run:
         score = self.step if recipe.select_on == "last" else row[f"{split}_R1"]
         if score > self.best.score:
             self.best = _Best(self.step, score)
-            if self.team.leads:
-                save_checkpoint(self.model, recipe, self.folder / runs.WEIGHTS)
+            self.keep_weights()
         self.history.append(row)
         if self.team.leads:
             runs.write_text(self.folder / "history.csv", DataFrame(self.history).to_csv(index=False))
         return row
+
+    def keep_weights(self) -> None:
+        """These weights are the selected ones."""
+        if self.team.leads:
+            save_checkpoint(self.model, self.recipe, self.folder / runs.WEIGHTS)
 
     def evaluated(self, model: IRRA, split: str) -> Evaluation:
         """The scores of a model on one split of this run's data."""
@@ -424,6 +429,15 @@ class _Run:
         if (found := self.kept_state()) is None:
             return
         tensors, kept = found
+        best, lost = _Best(*kept["best"]), None
+        if best.step:
+            try:
+                read_weights(self.folder / runs.WEIGHTS)
+            except (OSError, ValueError) as error:
+                lost = str(error)
+        if lost and best.step != kept["step"]:
+            warnings.warn(f"{lost}. They were of step {best.step}: training begins again at step 0", stacklevel=2)
+            return
         weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
         self.model.load_state_dict(weights)
         moments: dict[int, dict[str, Tensor]] = {}
@@ -432,7 +446,10 @@ class _Run:
                 _, index, moment = name.split(".")
                 moments.setdefault(int(index), {})[moment] = tensor
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": moments})
-        self.step, self.best, self.history = kept["step"], _Best(*kept["best"]), kept["history"]
+        self.step, self.best, self.history = kept["step"], best, kept["history"]
+        if lost:
+            warnings.warn(f"{lost}. They are those of the kept state, and written again", stacklevel=2)
+            self.keep_weights()
         self.seconds = kept["seconds"]
 
     def finish(self, counted: dict[str, int]) -> None:

@@ -1,5 +1,6 @@
 """Training processes killed with SIGKILL at random moments end, started again, bit for bit as an unharmed one does."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 import irra_core as irra
 from irra_core import backbone, images, runs, training
 from irra_core.backbone import read_weights
+from irra_core.evaluation import METRICS
 from irra_core.training import train
 
 PROJECT = Path(__file__).parent.parent
@@ -256,17 +258,62 @@ def test_a_disk_that_is_full_is_one_error_and_the_last_state_stays_whole(unharme
     same_tensors(folder / runs.WEIGHTS, unharmed.folder / runs.WEIGHTS)
 
 
+@pytest.mark.parametrize("harm", ["torn", "gone"])
+@pytest.mark.parametrize(("selected", "said"), [("last", "written again"), ("val", "training begins again at step 0")])
+def test_selected_weights_that_are_lost_before_the_end_are_said_out_loud_and_come_back(
+    selected, said, harm, annotations, tmp_path, monkeypatch
+):
+    """They are those of the last state, or else of an earlier evaluation, which only a new beginning reaches again."""
+    recipe = irra.recipe(**TINY, select_on=selected)
+    monkeypatch.setattr(
+        training, "scores", lambda queries: dict.fromkeys(METRICS, (50.0, 50.0, 50.0))
+    )  # step 2 is best
+    list(train(recipe, annotations, tmp_path / "whole"))
+    running = train(recipe, annotations, tmp_path / "run")
+    assert [next(running)["step"], next(running)["step"]] == [2, 4]
+    running.close()
+    weights = tmp_path / "run" / runs.WEIGHTS
+    weights.unlink() if harm == "gone" else os.truncate(weights, weights.stat().st_size // 2)
+    with pytest.warns(UserWarning, match=said):
+        list(train(recipe, annotations, tmp_path / "run"))
+    same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_lock_that_is_a_link_or_that_the_disk_does_not_know_is_refused(annotations, tmp_path, monkeypatch):
+    victim, folder = tmp_path / "victim", tmp_path / "run"
+    victim.write_text("precious")
+    folder.mkdir()
+    (folder / runs.LOCK).symlink_to(victim)
+    with pytest.raises(OSError, match=r"run folder .*run cannot be locked .*delete \.lock if it is a link"):
+        next(train(irra.recipe(**TINY), annotations, folder))
+    assert victim.read_text() == "precious"
+    (folder / runs.LOCK).unlink()
+
+    def refused(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(runs.fcntl, "flock", refused)
+    with (
+        pytest.raises(OSError, match=r"cannot be locked \(No locks available\).*IRRA_REPORTS to a local disk"),
+        runs.locked(folder),
+    ):
+        pass
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, to become somebody else")
 def test_a_read_only_folder_is_one_error_that_names_it():
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         (Path(folder) / "metrics.json").write_text("before")
+        locked = runs.locked(Path(folder))
         os.seteuid(65534)
         try:
             with pytest.raises(PermissionError, match=r"metrics\.json cannot be written .*grant access in .*intact"):
                 runs.write_text(Path(folder) / "metrics.json", "after")
             with pytest.raises(PermissionError, match=r"run folder .* cannot be made .*IRRA_REPORTS"):
                 runs.begin(Path(folder) / "run", irra.recipe(**TINY), "digest")
+            with pytest.raises(PermissionError, match=r"run folder .* cannot be locked .*grant access"), locked:
+                pass
         finally:
             os.seteuid(0)
         assert (Path(folder) / "metrics.json").read_text() == "before"

@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ import irra_core as irra
 from irra_core.backbone import load_clip_weights
 
 PROJECT = Path(__file__).parent.parent
-BUILT_INS = ("eval", "exec", "compile", "__import__")
 
 
 def sources() -> dict[str, str]:
@@ -21,28 +21,50 @@ def sources() -> dict[str, str]:
     found = {path.name: path.read_text(encoding="utf-8") for path in sorted((PROJECT / "irra_core").glob("**/*.py"))}
     for path in sorted((PROJECT / "notebooks").glob("*.ipynb")):
         cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
-        lines = "".join("".join(cell["source"]) + "\n" for cell in cells).splitlines()
-        found[path.name] = "\n".join(line for line in lines if not line.startswith("%"))
+        found[path.name] = "".join("".join(cell["source"]) + "\n" for cell in cells)  # no Python: ! and % are refused
     return found
+
+
+MODULES = ("pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "yaml", "ruamel")
+CALLS = re.compile(
+    r"(builtins\.)?(eval|exec|compile|__import__)|os\.(system|popen|startfile|exec\w*|spawn\w*|posix_spawn\w*)"
+    r"|subprocess\.(getoutput|getstatusoutput)|asyncio\.create_subprocess_shell|(.+\.)?get_ipython\(\)\..+"
+    r"|pandas\.read_pickle|torch\.(jit\.load|hub\.load\w*|package\..+)|torch\.distributed\.\w*object\w*"
+)
+
+
+def imported(tree: ast.AST) -> dict[str, str]:
+    """Name in a source → what it stands for: `t` → torch, `load` → torch.load."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.asname: alias.name for alias in node.names if alias.asname}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
 def forbidden(source: str) -> list[str]:
     """Every call and import of a source that could run what it is given, with its line."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
+    found, tree = [], ast.parse(source)
+    names = {"np": "numpy", "pd": "pandas", "dist": "torch.distributed"} | imported(tree)
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-            found += [f"{node.lineno}: imports {n}" for n in names if n.split(".")[0] in ("pickle", "dill", "yaml")]
+            taken = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            found += [f"{node.lineno}: imports {name}" for name in taken if name.split(".")[0] in MODULES]
         if not isinstance(node, ast.Call):
             continue
-        name, given = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
-        if name in BUILT_INS or name in ("os.system", "os.popen") or name.startswith("pickle.load"):
+        first, dot, rest = ast.unparse(node.func).partition(".")
+        name, given = names.get(first, first) + dot + rest, {w.arg: ast.unparse(w.value) for w in node.keywords}
+        if CALLS.fullmatch(name) or name.split(".")[0] in MODULES:
             found.append(f"{node.lineno}: calls {name}")
+        if name == "importlib.import_module" and any(module in ast.unparse(node) for module in MODULES):
+            found.append(f"{node.lineno}: {ast.unparse(node)}")
         if given.get("shell", "False") != "False":
             found.append(f"{node.lineno}: {name} with shell={given['shell']}")
-        if name == "torch.load" and given.get("weights_only") != "True":
-            found.append(f"{node.lineno}: torch.load without weights_only=True")
-        if name in ("np.load", "numpy.load") and given.get("allow_pickle", "False") != "False":
+        if name == "torch.load" and (given.get("weights_only") != "True" or "pickle_module" in given):
+            found.append(f"{node.lineno}: torch.load without weights_only=True, or with a pickle_module")
+        if name == "numpy.load" and (given.get("allow_pickle", "False") != "False" or len(node.args) > 2):
             found.append(f"{node.lineno}: {name} with allow_pickle")
     return found
 
@@ -61,11 +83,29 @@ def test_no_source_calls_what_could_run_what_it_is_given(name):
         "import os; os.system('ls')",
         "subprocess.run('ls', shell=True)",
         "subprocess.run('ls', shell=flag)",
+        "from os import system; system('ls')",
+        "import os as o; o.execvp('ls', [])",
+        "subprocess.getoutput('ls')",
+        "asyncio.create_subprocess_shell('ls')",
+        "get_ipython().system('ls')",
+        "import builtins; builtins.eval('1')",
+        "importlib.import_module('pickle')",
         "import pickle",
+        "import cloudpickle",
+        "import ruamel.yaml",
         "from yaml import load",
+        "pd.read_pickle(path)",
+        "torch.jit.load(path)",
+        "from torch import hub; hub.load('somebody/repository', 'model')",
+        "torch.package.PackageImporter(path)",
+        "dist.broadcast_object_list(given)",
+        "from torch import load; load(path)",
+        "import torch as t; t.load(path)",
+        "torch.load(path, weights_only=True, pickle_module=own)",
         "torch.load(path)",
         "torch.load(path, weights_only=False)",
         "np.load(path, allow_pickle=True)",
+        "np.load(path, None, True)",
     ],
 )
 def test_the_walk_finds_what_it_looks_for(source):

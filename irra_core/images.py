@@ -113,11 +113,16 @@ def image_array(paths: Iterable[str | Path], height: int, width: int, progress: 
     times stay the same. It is there complete or not at all: it gets its name when its last byte is on the disk, one
     process makes it while others that want it wait, and what a killed one left is cleared by the next. `progress` is a
     class like tqdm. Raises UnreadableImages, naming every file, and OSError if the cache folder cannot hold the array.
+    Where files are absent, the array of the others is made first, so that those that cannot be decoded are named with
+    them; whoever leaves the absent ones out finds it again.
     """
     files = [os.path.abspath(path) for path in paths]
     if not files:
         raise ValueError("image_array got no paths: an array of no images has no use")
-    array = cache_root() / "images" / f"{_key(files, height, width)}.npy"
+    key, absent = _key(files, height, width)
+    if absent:
+        raise UnreadableImages(_unreadable(files, absent, height, width, progress))
+    array = cache_root() / "images" / f"{key}.npy"
     shape = (len(files), 3, height, width)
     try:
         while (found := _complete(array, shape)) is None:
@@ -133,8 +138,21 @@ def image_array(paths: Iterable[str | Path], height: int, width: int, progress: 
     return found
 
 
-def _key(files: list[str], height: int, width: int) -> str:
-    """A name for what `files` become, from their paths, sizes and times. Raises UnreadableImages for absent ones."""
+def _unreadable(
+    files: list[str], absent: dict[str, str], height: int, width: int, progress: Callable | None
+) -> dict[str, str]:
+    """What is wrong with each file that cannot be used, in their order, where it is known which are absent."""
+    reasons = dict(absent)
+    if present := [file for file in files if file not in absent]:
+        try:
+            image_array(present, height, width, progress)
+        except UnreadableImages as error:
+            reasons |= error.files
+    return {file: reasons[file] for file in files if file in reasons}
+
+
+def _key(files: list[str], height: int, width: int) -> tuple[str, dict[str, str]]:
+    """A name for what `files` become, from their paths, sizes and times; the absent ones, with the reasons."""
     digest = hashlib.blake2b(f"{VERSION} {height} {width}".encode(), digest_size=16)
     absent = {}
     for file in files:
@@ -145,9 +163,7 @@ def _key(files: list[str], height: int, width: int) -> str:
             digest.update(f"\0{file}\0{found.st_size} {found.st_mtime_ns}".encode(errors="surrogatepass"))
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             absent[file] = getattr(error, "strerror", None) or str(error)
-    if absent:
-        raise UnreadableImages(absent)
-    return digest.hexdigest()
+    return digest.hexdigest(), absent
 
 
 def _complete(array: Path, shape: tuple[int, int, int, int]) -> ImageArray | None:
@@ -395,6 +411,12 @@ def on_device(pixels: UInt8[np.ndarray, "n 3 h w"], device: torch.device) -> UIn
     return near
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on that device. Neither side waits for a copy to a GPU: it is made from pinned memory."""
+    gpu = device.type == "cuda"
+    return (tensor.pin_memory() if gpu and tensor.device.type == "cpu" else tensor).to(device, non_blocking=gpu)
+
+
 def normalise(pixels: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
     """The pixels as CLIP wants them: 0..1, less MEAN, over STD, in float32, on their device."""
     mean, scale = _mean_and_scale(pixels.device)
@@ -441,7 +463,7 @@ def augment(pixels: UInt8[Tensor, "b 3 h w"], augmentation: Augmentation, recipe
     The value of erased pixels is MEAN after normalisation, as in the released code, so not the mean colour.
     """
     height, width, padding = *pixels.shape[2:], recipe.crop_padding
-    flip, top, left, boxes = (drawn.to(pixels.device, non_blocking=True) for drawn in augmentation)
+    flip, top, left, boxes = (moved(drawn, pixels.device) for drawn in augmentation)
     rows = torch.arange(height, device=pixels.device)
     columns = torch.arange(width, device=pixels.device)
     across = width + 2 * padding

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pandas import DataFrame
 from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional
@@ -25,6 +26,7 @@ from irra_core.images import (
     cache_root,
     draw_augmentation,
     image_array,
+    leave_out_unreadable,
     load_images,
     normalise,
 )
@@ -239,6 +241,57 @@ def test_all_unusable_files_are_listed_at_once_and_nothing_is_left_behind(tmp_pa
         image_array(paths, HEIGHT, WIDTH)
     assert tuple(error.value.files) == broken
     assert list(cache.iterdir()) == []
+
+
+def test_an_absent_and_a_broken_file_are_listed_at_once_in_their_order(tmp_path, cache):
+    paths = photos(tmp_path, 12)
+    truncated(Path(paths[3]))
+    os.remove(paths[9])
+    with pytest.raises(UnreadableImages, match="2 images") as error:
+        image_array(paths, HEIGHT, WIDTH)
+    assert list(error.value.files) == [paths[3], paths[9]]
+    assert list(cache.iterdir()) == []
+
+
+def of_people(paths: list[str]) -> DataFrame:
+    """A table of these photos, two captions each."""
+    numbers = np.repeat(np.arange(len(paths)), 2)
+    captions = [f"caption {number}" for number in range(len(numbers))]
+    split = np.where(numbers % 3 == 0, "test", "train")
+    where = [paths[number] for number in numbers]
+    return DataFrame({"pid": numbers, "image_id": numbers, "path": where, "caption": captions, "split": split})
+
+
+def three_hundred(folder: Path, absent: list[int], broken: list[int]) -> list[str]:
+    """The paths of 300 small photos, some of them absent or broken."""
+    paths = [str(folder / f"{number}.png") for number in range(300)]
+    for number, path in enumerate(paths):
+        Image.new("RGB", (2, 6), (number % 256, number // 256, 9)).save(path)
+    for number in absent:
+        os.remove(paths[number])
+    for number in broken:
+        Path(paths[number]).write_bytes(b"\x89PNG junk")
+    return paths
+
+
+def test_an_absent_and_a_broken_photo_of_300_are_left_out_together(tmp_path):
+    paths = three_hundred(tmp_path, [7], [9])
+    small = make_recipe("cuhk", image_height=16, image_width=16)
+    with pytest.warns(UserWarning, match="left out with their 4 captions: 2 images"):
+        kept = leave_out_unreadable(of_people(paths), small)
+    expected = [path for place, path in enumerate(paths) if place not in (7, 9)]
+    assert kept.path.drop_duplicates().tolist() == expected
+    assert sorted(set(kept.image_id)) == list(range(298))
+    assert [row["path"] for row in kept.attrs["unreadable"]] == [paths[7], paths[9]]
+    assert image_array(kept.path.drop_duplicates(), 16, 16).pixels.shape == (298, 3, 16, 16)
+
+
+def test_absent_and_broken_photos_of_which_each_alone_would_be_few_are_too_many_together(tmp_path):
+    paths = three_hundred(tmp_path, [7, 200], [9, 30])
+    small = make_recipe("cuhk", image_height=16, image_width=16)
+    with pytest.raises(UnreadableImages, match="4 images") as error:
+        leave_out_unreadable(of_people(paths), small)
+    assert list(error.value.files) == [paths[place] for place in (7, 9, 30, 200)]
 
 
 def test_names_beyond_ascii_are_read(tmp_path):

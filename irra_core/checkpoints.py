@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import secrets
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -296,7 +297,7 @@ def replaced(path: str | Path) -> Iterator[Path]:
     Raises OSError, naming `path`, where the folder is full or cannot be written to.
     """
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    aside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")  # machines share process numbers
     try:
         yield aside
         flush(aside)

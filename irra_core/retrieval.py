@@ -64,7 +64,9 @@ class Gallery:
         where the first was interrupted. With `url` the gallery is kept in Milvus, and goes on there: a path ending in
         .db is embedded Milvus Lite, http://… a server or a cluster, and #name behind either one of several galleries.
         Several processes, on one machine or many, fill one folder or url: each is told its number and encodes its
-        share of the photos; when all are done, `Gallery.load` has the whole.
+        share of the photos; when all are done, `Gallery.load` has the whole. Until then each has its own share, which
+        it searches exactly, and lists the unreadable files of that alone. A last call of one process lists them all,
+        and writes the `hnsw` graph into the folder, which each `load` would have to build otherwise.
         `recipe` gives the arithmetic (`precision`). Raises ValueError when there is no readable photo, or when folder,
         url or recipe belong to another model.
         """
@@ -78,7 +80,7 @@ class Gallery:
         if processes > 1 and not (folder or url):
             raise ValueError(f"processes is {processes}, but their shares would meet nowhere: give a folder or a url")
         head = Path(folder) / HEAD if folder else None
-        gallery = cls._begun(model, index, url, head)
+        gallery = cls._begun(model, index, url, head, team)
         gallery.precision = recipe.precision if recipe else "auto"
         photos = _photo_table(images)
         mine = photos[team.part(len(photos))]
@@ -90,15 +92,17 @@ class Gallery:
         return gallery
 
     @classmethod
-    def _begun(cls, model, index: str, url: str | None, head: Path | None) -> "Gallery":
-        """What is there already of a gallery, or an empty one."""
+    def _begun(cls, model, index: str, url: str | None, head: Path | None, team: Team) -> "Gallery":
+        """What is there already of a gallery, or an empty one; other processes may begin it at the same moment."""
         if url:
             return cls(model, Milvus(url, _width(model), index, model_fingerprint(model)))
         if head is None:
             return cls(model, Memory(_width(model), index))
-        gallery = cls.load(head.parent, model, index) if head.is_file() else cls(model, Memory(_width(model), index))
-        _begin_folder(head, model, index)
-        return gallery
+        if not head.is_file():
+            _begin_folder(head, model, index)
+        if _read_head(head, model)["index"] != index:  # it may be another model's, begun meanwhile: refused
+            _begin_folder(head, model, index)
+        return cls.load(head.parent, model, index if team == ALONE else "exact")  # a share is never walked through
 
     @property
     def images(self) -> DataFrame:
@@ -421,8 +425,12 @@ def _write_part(folder: Path, photos: DataFrame, features: Float32[np.ndarray, "
 
 
 def _check_free(folder: Path) -> None:
-    """Refuse a folder that holds anything but a gallery, or one that another process begins at this moment."""
-    if folder.exists() and not (folder / HEAD).is_file() and (not folder.is_dir() or any(folder.glob("[!.]*"))):
+    """Refuse a folder that holds anything but a gallery, also one that another process begins at this moment.
+
+    A gallery's head is its first file, so it is looked for after the others: then it is there if any of them is its.
+    """
+    taken = folder.exists() and (not folder.is_dir() or any(folder.glob("[!.]*")))
+    if taken and not (folder / HEAD).is_file():
         raise ValueError(f"{folder} holds something that is no gallery: give the path of a new folder")
 
 

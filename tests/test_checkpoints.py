@@ -291,3 +291,13 @@ def test_a_model_that_the_released_code_cannot_hold_is_not_written(changes, mess
     with pytest.raises(ValueError, match=message):
         irra.save_official(model, tmp_path / "no.pth")
     assert not list(tmp_path.iterdir())
+
+
+def test_processes_of_one_number_on_two_machines_may_write_the_same_file_at_once(tmp_path):
+    with checkpoints.replaced(tmp_path / "file") as ours:
+        with checkpoints.replaced(tmp_path / "file") as theirs:
+            theirs.write_text("theirs")
+            ours.write_text("ours")
+        assert (tmp_path / "file").read_text() == "theirs"
+    assert (tmp_path / "file").read_text() == "ours"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -1,9 +1,11 @@
 """Galleries: every ranking against a brute-force one, and what becomes of damage, doubles and interruptions."""
 
 import json
+import multiprocessing
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,8 +19,8 @@ from torch import nn
 import irra_core as irra
 from irra_core import retrieval
 from irra_core.evaluation import encode_images, encode_texts
-from irra_core.nearest import Memory
-from irra_core.retrieval import Gallery, model_fingerprint
+from irra_core.nearest import GRAPH, Memory
+from irra_core.retrieval import HEAD, Gallery, _begin_folder, model_fingerprint
 
 QUERIES = ["a man in a red coat", "a woman with a white bag", "someone on a bicycle", "blue trousers"]
 
@@ -365,6 +367,99 @@ def test_the_shares_of_three_processes_are_the_gallery_of_one(model, photos, tmp
     parts = len(list((tmp_path / "shared").glob("part-*.safetensors")))
     assert len(Gallery.build(model, photos, folder=tmp_path / "shared")) == len(alone) == 30
     assert len(list((tmp_path / "shared").glob("part-*.safetensors"))) == parts == 3
+
+
+FORKS = multiprocessing.get_context("forkserver")
+
+
+def shared_out(table: str, folder: str, process: int, processes: int, together, pipe) -> None:
+    """What a child process does: its share of one gallery after another, each begun at the same moment by all."""
+    torch.set_num_threads(1)
+    retrieval.SHARD = 2
+    photos, model = pd.read_parquet(table), RandomModel()
+    for index in ("hnsw", "exact"):
+        together.wait()
+        gallery = Gallery.build(
+            model, photos, index=index, folder=f"{folder}/{index}", process=process, processes=processes
+        )
+        pipe.send(list(gallery.unreadable.path))
+
+
+@pytest.fixture
+def filled(photos, tmp_path):
+    """Two folders that four processes have filled at the same time, and what each process could not read."""
+    (tmp_path / "photos" / "broken.png").write_bytes(b"no photo")
+    broken = photos[:1].assign(image_id=1, path=str(tmp_path / "photos" / "broken.png"))
+    photos = pd.concat([photos, broken], ignore_index=True)
+    photos.to_parquet(tmp_path / "table.parquet")
+    FORKS.set_forkserver_preload(["irra_core.retrieval"])
+    together, pipes, children = FORKS.Barrier(4, timeout=240), [], []
+    for process in range(4):
+        ours, theirs = FORKS.Pipe(duplex=False)
+        arguments = (str(tmp_path / "table.parquet"), str(tmp_path), process, 4, together, theirs)
+        children.append(FORKS.Process(target=shared_out, args=arguments))
+        children[-1].start()
+        theirs.close()
+        pipes.append(ours)
+    try:
+        for child in children:
+            child.join(240)
+        assert [child.exitcode for child in children] == [0] * 4
+    finally:
+        for child in children:
+            child.kill()
+    return photos, [[pipe.recv() for _ in range(2)] for pipe in pipes]
+
+
+def test_four_processes_at_once_fill_the_gallery_of_one_and_a_last_call_completes_it(model, filled, tmp_path):
+    photos, unreadable = filled
+    broken = photos.path.iloc[-1]
+    assert unreadable == [[[], []], [[], []], [[], []], [[broken], [broken]]]
+    alone = Gallery.build(model, photos)
+    for index in ("exact", "hnsw"):
+        whole = Gallery.load(tmp_path / index, model)
+        assert (len(whole), whole._store.index) == (30, index)
+        same_ranking(whole.search(QUERIES, k=9), alone.search(QUERIES, k=9))
+        features = {gallery: gallery._store.features_of(alone.images.image_id.to_numpy()) for gallery in (whole, alone)}
+        np.testing.assert_allclose(features[whole], features[alone], atol=1e-6)
+    assert not (tmp_path / "hnsw" / GRAPH).exists()
+    model.encoded = 0
+    last = Gallery.build(model, photos, index="hnsw", folder=tmp_path / "hnsw")
+    assert (model.encoded, list(last.unreadable.path)) == (0, [broken])
+    assert (tmp_path / "hnsw" / GRAPH).exists()
+
+
+@pytest.mark.parametrize("answer", [1, 2])
+def test_a_folder_that_another_process_begins_between_two_looks_at_it_is_a_gallery(
+    model, photos, tmp_path, monkeypatch, answer
+):
+    """The head appears just after this process was told for the first or the second time that it is not there."""
+    folder, told, ask = tmp_path / "gallery", [], Path.is_file
+    folder.mkdir()  # the other one's first act
+
+    def asked(path):
+        found = ask(path)
+        if path == folder / HEAD and not found:
+            told.append(path)
+            if len(told) == answer:
+                _begin_folder(tmp_path / "other" / HEAD, model, "exact")
+                (tmp_path / "other" / HEAD).replace(folder / HEAD)
+        return found
+
+    monkeypatch.setattr(Path, "is_file", asked)
+    assert len(Gallery.build(model, photos, folder=folder, process=0, processes=2)) == 15
+    assert json.loads((folder / HEAD).read_text())["model"] == model_fingerprint(model)
+
+
+def test_what_another_model_begins_at_the_same_moment_is_refused(model, photos, tmp_path, monkeypatch):
+    def late(head, model, index):
+        _begin_folder(head, model, index)
+        _begin_folder(head, RandomModel(seed=1), index)
+
+    monkeypatch.setattr(retrieval, "_begin_folder", late)
+    with pytest.raises(ValueError, match="was built by model"):
+        Gallery.build(model, photos, folder=tmp_path / "gallery", process=0, processes=2)
+    assert not list((tmp_path / "gallery").glob("part-*"))
 
 
 def test_shares_without_a_place_to_meet_and_a_process_too_many_are_refused(model, photos, tmp_path):

@@ -25,7 +25,7 @@ from irra_core.images import FORMATS, load_images
 from irra_core.metrics import query_metrics
 from irra_core.recipes import recipe
 from irra_core.runs import reports_root, write_text
-from irra_core.text import END_ID, MASK_ID, detokenize_words, tokenize
+from irra_core.text import END_ID, MASK_ID, detokenize_words, tokenize, whole_characters
 
 THUMBNAIL = (192, 288)  # pixels: twice the size on the page, for sharp screens
 LONGEST = 5000  # letters of a query: ten times what the model can read
@@ -134,7 +134,7 @@ class QueryExplorer(anywidget.AnyWidget):
         """Show what the query finds."""
         self._serial += 1
         self._results, self._truth, self.note = {}, None, ""
-        text = self.query.encode("utf-8", "replace").decode()[:LONGEST].strip()
+        text = whole_characters(self.query)[:LONGEST].strip()
         view = {"serial": self._serial, "query": text, "words": [], "masks": 0, "strips": [], "truth": None}
         if not text:
             self.note = "Describe a person above" + (", or take an example." if self.setup.get("examples") else ".")

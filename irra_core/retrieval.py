@@ -25,6 +25,7 @@ from irra_core.nearest import GRAPH, Memory, Shard
 from irra_core.recipes import Recipe, unknown
 from irra_core.reranking import CANDIDATES, reciprocal_scores, word_scores
 from irra_core.runs import write_text
+from irra_core.text import whole_characters
 
 FORMAT = 1  # of a gallery's folder
 INDEXES = ("exact", "hnsw")
@@ -82,9 +83,9 @@ class Gallery:
         head = Path(folder) / HEAD if folder else None
         gallery = cls._begun(model, index, url, head, team)
         gallery.precision = recipe.precision if recipe else "auto"
-        photos = _photo_table(images)
-        mine = photos[team.part(len(photos))]
-        gallery._add(mine, progress, folder, team)
+        photos, misnamed = _photo_table(images)
+        mine = photos[team.part(len(photos))].reset_index(drop=True)
+        gallery._add(mine, misnamed[team.part(len(misnamed))], progress, folder, team)
         if len(mine) or processes == 1:
             _check_filled(gallery, images)
         if head and processes == 1:
@@ -205,17 +206,23 @@ class Gallery:
 
     def add(self, images: DataFrame | str | Path, progress=None) -> int:
         """How many photos of a table, a folder or a single file were added; those already here are skipped."""
-        return self._add(images, progress)
+        return self._add(*_photo_table(images), progress)
 
-    def _add(self, images, progress=None, folder: str | Path | None = None, team: Team = ALONE) -> int:
-        photos = self._new(_photo_table(images))
-        unreadable: list[tuple[str, str]] = []
+    def _add(
+        self,
+        photos: DataFrame,
+        misnamed: list[tuple[str, str]],
+        progress=None,
+        folder: str | Path | None = None,
+        team: Team = ALONE,
+    ) -> int:
+        photos, unreadable = self._new(photos), list(misnamed)
         shards = _encoded(self.model, photos, self.precision, unreadable, progress)
         self._store.extend(_written(shards, Path(folder), team) if folder else shards)
         listed = DataFrame(unreadable, columns=["path", "reason"], dtype="str")
-        earlier = self.unreadable[~self.unreadable.path.isin(photos.path)]
+        earlier = self.unreadable[~self.unreadable.path.isin([*photos.path, *listed.path])]
         self.unreadable = pd.concat([earlier, listed], ignore_index=True)
-        return len(photos) - len(listed)
+        return len(photos) + len(misnamed) - len(listed)
 
     def _new(self, photos: DataFrame) -> DataFrame:
         """The rows that are not here yet. Raises ValueError where an image_id is here with another path."""
@@ -308,7 +315,7 @@ def _width(model) -> int:
 
 
 def _checked_queries(text: str | Sequence[str]) -> list[str]:
-    """A list of sentences, none empty."""
+    """A list of sentences, none empty, of whole characters."""
     queries = [text] if isinstance(text, str) else list(text)
     for place, query in enumerate(queries, 1):
         if not isinstance(query, str):
@@ -317,7 +324,7 @@ def _checked_queries(text: str | Sequence[str]) -> list[str]:
             raise ValueError(f"query {place} is empty: write what the person looks like")
     if not queries:
         raise ValueError("there is no query: write what the person looks like")
-    return queries
+    return [whole_characters(query) for query in queries]
 
 
 def _checked_k(k: int) -> int:
@@ -336,12 +343,19 @@ def _check_finite(features: Float32[np.ndarray, "n dim"], names: Sequence[str]) 
         )
 
 
-def _photo_table(images: DataFrame | str | Path) -> DataFrame:
-    """One row a photo: image_id, path, pid. Photos without annotations are numbered by a hash of their path."""
+def _photo_table(images: DataFrame | str | Path) -> tuple[DataFrame, list[tuple[str, str]]]:
+    """One row a photo (image_id, path, pid), and the files whose names cannot be kept, with why.
+
+    Photos without annotations are numbered by a hash of their path.
+    """
     if not isinstance(images, DataFrame):
-        images = DataFrame({"path": _photo_files(Path(images))}, dtype="str")
+        images = DataFrame({"path": _photo_files(Path(images))}, dtype=object)
     elif "path" not in images:
         raise ValueError(f"the table has no column 'path', only {', '.join(map(str, images.columns))}")
+    named = images.path.map(_is_utf8).astype(bool)
+    escaped = (os.fspath(path).encode("utf-8", "backslashreplace").decode() for path in images.path[~named])
+    misnamed = [(path, "its name is not UTF-8: rename the file") for path in escaped]
+    images = images[named]
     photos = DataFrame({"path": images.path.astype("str")})
     photos["image_id"] = images.image_id.astype(np.int64) if "image_id" in images else photos.path.map(_photo_id)
     photos["pid"] = images.pid.astype("Int64") if "pid" in images else pd.array([pd.NA] * len(photos), "Int64")
@@ -351,7 +365,12 @@ def _photo_table(images: DataFrame | str | Path) -> DataFrame:
         raise ValueError(
             f"image_id {twice.image_id.iloc[0]} has two photos, {' and '.join(twice.path[:2])}: rename one"
         )
-    return photos[["image_id", "path", "pid"]].astype({"image_id": np.int64})
+    return photos[["image_id", "path", "pid"]].astype({"image_id": np.int64}), misnamed
+
+
+def _is_utf8(path: str | Path) -> bool:
+    """False for a file's name in another encoding, which no table or JSON can hold."""
+    return whole_characters(name := os.fspath(path)) == name
 
 
 def _photo_files(source: Path) -> list[str]:

@@ -17,6 +17,11 @@ START_ID, END_ID, PADDING_ID = 49406, 49407, 0
 LONGEST = 3000  # letters of a word; 75 tokens of at most 32 bytes end before, and time grows with the square
 
 
+def whole_characters(text: str) -> str:
+    """The text with a "?" for each half of a character, which a browser may send and no encoding can hold."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def tokenize(captions: Iterable[str], mask: str = "[MASK]") -> Int[Tensor, "n 77"]:
     """CLIP's token ids of each caption: start, words, end, padding 0; a caption that is too long keeps its end token.
 

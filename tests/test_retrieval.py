@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -131,6 +132,32 @@ def test_own_photos_need_no_annotations(tmp_path):
     assert found.pid.isna().all()
     assert sorted(gallery.unreadable.path) == [str(folder / "empty.jpeg"), str(folder / "more" / "broken.jpg")]
     assert gallery.unreadable.reason.str.len().min() > 5
+
+
+def test_files_whose_names_are_not_utf8_are_listed_and_the_others_searched(photos, tmp_path, model):
+    folder = tmp_path / "photos"
+    for name in (b"caf\xe9.png", b"\xff.png"):
+        shutil.copy(folder / "00.png", os.fsencode(folder) + b"/" + name)
+    listed = [str(folder / name) for name in (r"caf\udce9.png", r"\udcff.png")]
+    gallery = Gallery.build(model, folder, folder=tmp_path / "gallery")
+    assert len(gallery) == 30
+    assert list(gallery.unreadable.path) == listed
+    assert set(gallery.unreadable.reason) == {"its name is not UTF-8: rename the file"}
+    assert gallery.add(folder) == 0
+    assert list(gallery.unreadable.path) == listed
+    shares = [Gallery.build(model, folder, folder=tmp_path / "two", process=process, processes=2) for process in (0, 1)]
+    assert [list(share.unreadable.path) for share in shares] == [listed[:1], listed[1:]]
+    assert gallery.add(DataFrame({"path": [str(folder / "00.png"), "\ud83d.png"]}, dtype=object)) == 0
+    with pytest.raises(ValueError, match=r"2 unreadable; .*caf.udce9\.png: its name is not UTF-8"):
+        [path.unlink() for path in folder.glob("[0-9]*.png")]
+        Gallery.build(model, folder)
+
+
+def test_half_a_character_of_a_sentence_is_a_question_mark(model, photos):
+    gallery = Gallery.build(model, photos)
+    found = gallery.search(["a \ud83d man", "a man"], k=3)
+    pd.testing.assert_frame_equal(found, gallery.search(["a ? man", "a man"], k=3))
+    assert gallery.recall(k=3, queries=["a \udc00"]) == 1.0
 
 
 def test_a_folder_without_a_readable_photo_is_refused_by_name(model, tmp_path):

@@ -23,7 +23,8 @@ class Batch:
     `images` are augmented and normalised. `tokens` are the captions, `masked_tokens` the same with words masked and
     `labels` the ids of the words to predict, 0 elsewhere. `pids` count the identities from 0, as `Batches.classes`
     lists them; `rows` are places in the train table. `all_pids` and `word_count`, the number of words to predict, are
-    those of the whole batch, over which the losses are taken.
+    those of the whole batch, over which the losses are taken. `words_each` is how many words each pair is to predict;
+    the host keeps it, so that the model need not ask the device and wait for the answer.
     """
 
     images: Float[Tensor, "b 3 h w"]
@@ -34,12 +35,16 @@ class Batch:
     rows: Int[Tensor, " b"]
     all_pids: Int[Tensor, " whole"]
     word_count: Int[Tensor, ""]
+    words_each: tuple[int, ...] | None = None
 
     def split(self, size: int) -> list["Batch"]:
         """The same pairs in pieces of at most so many; of a batch without pairs, itself."""
-        cut = ("images", "tokens", "masked_tokens", "labels", "pids", "rows")
-        pieces = zip(*(getattr(self, name).split(size) for name in cut), strict=True)
-        return [replace(self, **dict(zip(cut, piece))) for piece in pieces]
+        cut = ("images", "tokens", "masked_tokens", "labels", "pids", "rows", "words_each")
+        pairs = {name: values for name in cut if (values := getattr(self, name)) is not None}
+        return [
+            replace(self, **{name: values[start : start + size] for name, values in pairs.items()})
+            for start in range(0, max(len(self.rows), 1), size)
+        ]
 
 
 def sample_masked(annotations: DataFrame, recipe: Recipe, n: int = 5) -> list[tuple[list[str], list[str]]]:
@@ -117,6 +122,7 @@ class Batches:
             rows=self._moved(rows),
             all_pids=self._moved(self.pids[whole]),
             word_count=self._moved((labels != 0).sum()),
+            words_each=tuple((labels[part] != 0).sum(1).tolist()),
         )
 
     def _captions(

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from irra_core.adapters import limit_learning
 from irra_core.backbone import WEIGHT_SUFFIXES, configuration, download, load_clip_weights, new_clip
-from irra_core.images import cache_root
+from irra_core.images import cache_root, moved
 from irra_core.interaction import build_interaction, norm, run_block
 from irra_core.linear import Linear, keep_freed_memory, linear
 from irra_core.recipes import Recipe, pretraining, project_root
@@ -79,11 +79,13 @@ class IRRA(nn.Module):
         tokens: Int[Tensor, "batch length"],
         masked_tokens: Int[Tensor, "batch masked_length"] | None = None,
         labels: Int[Tensor, "batch masked_length"] | None = None,
+        words_each: tuple[int, ...] | None = None,
     ) -> Features:
         """Features of a batch; labels are the masked words' tokens, 0 where no word is predicted.
 
         The image is encoded once, caption and masked caption in one pass when they are equally long, and the MLM
-        head runs on the masked words alone.
+        head runs on the masked words alone. `words_each` is how many of them each row has, if the caller knows it:
+        otherwise they are counted, for which the host waits for a GPU.
         """
         if self.interaction is None or masked_tokens is None:
             found = Features(self.encode_image(images), self.encode_text(tokens))
@@ -94,7 +96,7 @@ class IRRA(nn.Module):
             masked_tokens, labels = self._padded(masked_tokens), self._padded(labels)
             text, words = self._caption_and_masked_words(tokens, masked_tokens)
             found = Features(_full(patches[:, 0]), text)
-            found.word_logits, found.word_labels = self._masked_words(words, patches, masked_tokens, labels)
+            found.word_logits, found.word_labels = self._masked_words(words, patches, masked_tokens, labels, words_each)
         return self.classified(found)
 
     def classified(self, features: Features) -> Features:
@@ -171,14 +173,18 @@ class IRRA(nn.Module):
         patches: Float[Tensor, "batch tokens dim"],
         masked_tokens: Int[Tensor, "batch length"],
         labels: Int[Tensor, "batch length"],
+        words_each: tuple[int, ...] | None,
     ) -> tuple[Float[Tensor, "masked vocabulary"], Int[Tensor, " masked"]]:
         """Word scores at the masked positions, row by row, and the words that stood there."""
         masked = labels != 0
-        most = max([1, *masked.sum(1).tolist()])  # a process may have no pairs in an epoch's last batch
-        at = masked.int().argsort(dim=1, descending=True, stable=True)[:, :most]
-        wanted = masked.gather(1, at)
+        counts = masked.sum(1).tolist() if words_each is None else words_each
+        most = max([1, *counts])  # a process may have no pairs in an epoch's last batch
+        at = masked.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # a row's masked positions come first
+        wanted = [row * most + place for row, count in enumerate(counts) for place in range(count)]
+        wanted = moved(torch.tensor(wanted, dtype=torch.long), labels.device)
         states = self.interaction(words, patches, self._real(masked_tokens), at)
-        return _full(self.mlm_head(states[wanted])), labels.gather(1, at)[wanted]
+        states, answers = (each.flatten(0, 1).index_select(0, wanted) for each in (states, labels.gather(1, at)))
+        return _full(self.mlm_head(states)), answers
 
     def _identities(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch ids"]:
         """Identity scores, in full precision also under autocast."""

@@ -53,11 +53,13 @@ def make(table, pixels):
 
 
 def fields(batch: Batch) -> list[torch.Tensor]:
-    return list(dataclasses.asdict(batch).values())
+    """What of a batch lies on the device."""
+    return [value for name, value in dataclasses.asdict(batch).items() if name != "words_each"]
 
 
 def same(one: Batch, two: Batch) -> bool:
-    return all(torch.equal(*pair) for pair in zip(fields(one), fields(two), strict=True))
+    alike = all(torch.equal(*pair) for pair in zip(fields(one), fields(two), strict=True))
+    return alike and one.words_each == two.words_each
 
 
 def test_an_epoch_is_every_caption_once_with_a_short_last_batch(make, recipe):
@@ -151,8 +153,11 @@ def test_the_parts_of_all_processes_are_the_whole_batch(make, recipe, processes,
     recipe = recipe.replace(mask_captions=mask_captions, padding_attention=padding_attention)
     batches = make(recipe)
     for step in range(4):  # 8, 8, 6 and 8 rows: 6 divides by neither 8 nor, as 8, by 3
-        *whole, pids, words = fields(batches.at(step))
-        parts = [fields(make(recipe).at(step, process, processes)) for process in range(processes)]
+        expected = batches.at(step)
+        *whole, pids, words = fields(expected)
+        parts = [make(recipe).at(step, process, processes) for process in range(processes)]
+        assert sum((part.words_each for part in parts), ()) == expected.words_each
+        parts = [fields(part) for part in parts]
         assert all(torch.equal(part[-2], pids) and part[-1] == words for part in parts)  # what all of them know
         parts = [part[:-2] for part in parts]
         assert all(
@@ -193,6 +198,16 @@ def test_labels_are_the_words_that_were_masked(make, recipe):
     assert torch.equal(batch.masked_tokens[~chosen], original[~chosen])
     assert (batch.masked_tokens == MASK_ID).any()
     assert not (original == MASK_ID).any()
+
+
+@pytest.mark.parametrize("padding_attention", [False, True])
+def test_the_host_knows_how_many_words_each_pair_is_to_predict(make, recipe, padding_attention):
+    batches = make(recipe.replace(padding_attention=padding_attention, mask_probability=0.4))
+    for step in range(3):
+        batch = batches.at(step)
+        assert list(batch.words_each) == [sum(word != 0 for word in row) for row in batch.labels.tolist()]
+        assert sum(batch.words_each) == batch.word_count
+        assert len(set(batch.words_each)) > 1
 
 
 def test_mask_captions_gives_the_masked_words_to_the_other_losses_too(make, recipe):

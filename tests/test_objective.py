@@ -5,12 +5,14 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import NARROW
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import irra_core as irra
 from irra_core import backbone
@@ -18,6 +20,7 @@ from irra_core.batches import Batches
 from irra_core.distributed import ALONE, joined
 from irra_core.objective import Objective, loss_parts
 from irra_core.text import tokenize
+from irra_core.training import build_optimiser, optimise
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
@@ -32,7 +35,7 @@ BATCH = 7  # the third and last batch of an epoch of 20 captions has 6 pairs
 FEW = 19  # captions left in the table so that an epoch ends in a batch of one pair: one process then has none
 
 
-def setting(case: str, double: bool, **changes):
+def setting(case: str, double: bool, device: str = "cpu", **changes):
     """Recipe, model and batches of a case on random photos, the same in every process."""
     given = {"pretrained": "none", "batch_size": BATCH, "interaction_depth": 1, "lr": 1e-3} | CASES[case] | changes
     if "mlm" not in given.get("losses", "mlm"):
@@ -45,8 +48,8 @@ def setting(case: str, double: bool, **changes):
     rows = [(n // 2, n, f"{n}.png", caption, "train") for n, caption in enumerate(captions)]
     table = irra.annotations.DataFrame(rows, columns=["pid", "image_id", "path", "caption", "split"])
     model = irra.build_model(recipe, num_ids=10)
-    batches = Batches(table, pixels, tokenize(captions), recipe)
-    return recipe, model.double() if double else model, batches
+    batches = Batches(table, pixels, tokenize(captions), recipe, device)
+    return recipe, (model.double() if double else model).to(device), batches
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -66,7 +69,7 @@ def trained(case: str, team, steps: int, double: bool, **changes):
     """The loss parts of every step, the first step's gradients and the last weights."""
     recipe, model, batches = setting(case, double, **changes)
     objective = Objective(model, recipe, "fp32", team)
-    optimiser = irra.training.build_optimiser(model, recipe)
+    optimiser = build_optimiser(model, recipe)
     parts = []
     for step in range(steps):
         optimiser.zero_grad(set_to_none=True)
@@ -147,6 +150,64 @@ def test_pieces_of_a_batch_are_the_batch_in_order():
         assert torch.equal(torch.cat([getattr(piece, name) for piece in pieces]), getattr(batch, name))
     assert all(torch.equal(piece.all_pids, batch.pids) for piece in pieces)
     assert {int(piece.word_count) for piece in pieces} == {int((batch.labels != 0).sum())}
+    assert [len(piece.words_each) for piece in pieces] == [3, 3, 1]
+    assert sum((piece.words_each for piece in pieces), ()) == batch.words_each
+
+
+@pytest.mark.parametrize("size", [None, 3])
+@pytest.mark.parametrize("case", ["every loss", "co", "merged", "released"])
+def test_a_batch_that_does_not_say_where_its_words_are_learns_the_same_bit_for_bit(case, size):
+    found = []
+    for words_each in ({}, {"words_each": None}):
+        recipe, model, batches = setting(case, False, micro_batch=size)
+        found.append((Objective(model, recipe, "fp32")(replace(batches.at(0), **words_each)), gradients(model)))
+    (parts, first), (their_parts, their_first) = found
+    assert torch.equal(parts, their_parts)
+    assert all(torch.equal(first[name], their_first[name]) for name in first | their_first)
+
+
+aten = torch.ops.aten
+WAITING = {aten.nonzero, aten.masked_select, aten._local_scalar_dense, aten.is_nonzero, aten.equal, aten._unique2}
+READING = ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "__contains__")
+
+
+class NeverWaiting(TorchDispatchMode):
+    """Refuses what a host waits for on a GPU: shapes that depend on values, and values read."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        indexing = func.overloadpacket in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
+        by_mask = indexing and any(index is not None and index.dtype == torch.bool for index in args[1])
+        if by_mask or func.overloadpacket in WAITING:
+            pytest.fail(f"a GPU would be waited for: {func}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("size", [None, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_training_step_reads_nothing_back_from_the_device(case, precision, size, monkeypatch):
+    recipe, model, batches = setting(case, False, micro_batch=size)
+    objective, optimiser, batch = Objective(model, recipe, precision), build_optimiser(model, recipe), batches.at(0)
+    for name in READING:
+        monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"a GPU would be waited for: {name}"))
+    with NeverWaiting():
+        numbers = optimise(objective, optimiser, batch)
+    monkeypatch.undo()
+    assert numbers.isfinite().all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("size", [None, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_no_training_step_after_the_first_waits_for_the_gpu(case, size):
+    recipe, model, batches = setting(case, False, "cuda", micro_batch=size)
+    objective, optimiser = Objective(model, recipe, "bf16"), build_optimiser(model, recipe)
+    optimise(objective, optimiser, batches.at(0))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimise(objective, optimiser, batches.at(1))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_smaller_piece_keeps_less_for_the_gradient():

@@ -38,9 +38,12 @@ def _number(
     choices: Iterable[str] = (),
     least: int | float | None = None,
     most: int | float | None = None,
+    above: float | None = None,
+    below: float | None = None,
 ):
-    """A field of the recipe with the reason for its default and the values it accepts."""
-    return field(default=default, metadata={"why": why, "choices": tuple(choices), "least": least, "most": most})
+    """A field of the recipe with the reason for its default and the values it accepts; `above` and `below` exclude."""
+    bounds = {"least": least, "most": most, "above": above, "below": below}
+    return field(default=default, metadata={"why": why, "choices": tuple(choices), **bounds})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +94,12 @@ class Recipe:
     micro_batch: int | None = _number(
         None, "none: the whole batch; else so many pairs in memory at once (GradCache), the same gradients", least=1
     )
-    lr: float = _number(1e-5, "paper: pretrained weights move slowly", least=0.0)
+    lr: float = _number(1e-5, "paper: pretrained weights move slowly", above=0.0)
     new_lr_factor: float = _number(5.0, "paper: parts without pretrained weights learn at 5e-5", least=0.0)
     bias_lr_factor: float = _number(2.0, "released: biases learn twice as fast", least=0.0)
     weight_decay: float = _number(4e-5, "released; biases have none", least=0.0)
-    adam_beta1: float = _number(0.9, "paper", least=0.0, most=1.0)
-    adam_beta2: float = _number(0.999, "paper", least=0.0, most=1.0)
+    adam_beta1: float = _number(0.9, "paper", least=0.0, below=1.0)
+    adam_beta2: float = _number(0.999, "paper", least=0.0, below=1.0)
     adam_eps: float = _number(1e-8, "torch's default; the released code writes 1e-3", least=0.0)
     warmup_epochs: int = _number(5, "paper", least=0)
     warmup_factor: float = _number(0.1, "paper: the first epoch's share of lr", least=0.0, most=1.0)
@@ -224,13 +227,12 @@ def recipe(dataset: str = "synthetic", *, _smoke: bool | None = None, **override
     most 24 identities and 3 steps. Raises ValueError for an unknown field, data set, loss or backbone, and TypeError
     for a value of the wrong type; each names the field, the nearest accepted name and what is accepted.
     """
-    names = [item.name for item in fields(Recipe)]
+    items = {item.name: item for item in fields(Recipe)}
     for name in overrides:
-        if name not in names:
-            raise unknown("recipe field", name, names)
-    given = {name: value for name, value in overrides.items() if value is not None}
-    _check_dataset(dataset)
-    _check_choice("preset", given.get("preset", "paper"), PRESETS)
+        if name not in items:
+            raise unknown("recipe field", name, items)
+    given = {name: _checked(items[name], value) for name, value in overrides.items() if value is not None}
+    _check_dataset(_checked(items["dataset"], dataset))
     backbone = given.get("backbone", RECIPES.get(dataset, {}).get("backbone", "ViT-B-16-quickgelu"))
     values = _resolve(dataset, backbone, given.get("pretrained"), given.get("preset", "paper")) | given
     if smoke() if _smoke is None else _smoke:
@@ -264,10 +266,21 @@ def smoke() -> bool:
 def unknown(what: str, name: object, accepted: Iterable[str]) -> ValueError:
     """The one sentence in which this library says that a name does not exist."""
     accepted = sorted(accepted)
-    near = difflib.get_close_matches(str(name), accepted, n=1)
+    near = difflib.get_close_matches(name[:80], accepted, n=1) if isinstance(name, str) else ()
     hint = f"did you mean {near[0]!r}? " if near else ""
     shown = ", ".join(accepted[:40]) + (", …" if len(accepted) > 40 else "")
-    return ValueError(f"{what} {name!r} is unknown: {hint}accepted are {shown}")
+    return ValueError(f"{what} {_short(name)} is unknown: {hint}accepted are {shown}")
+
+
+def _short(value: object) -> str:
+    """How an error shows a value: as Python writes it, cut where it is long."""
+    try:
+        shown = repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return "a number of more than 4,300 digits"
+    except RecursionError:
+        return f"a deeply nested {type(value).__name__}"
+    return shown if len(shown) <= 80 else f"{shown[:60]}… ({len(shown):,} characters)"
 
 
 def notebook_parameters(without: Iterable[str] = ()) -> dict[str, Any]:
@@ -361,20 +374,30 @@ def _resolve(dataset: str, backbone: str, pretrained: str | None, preset: str) -
 def _checked(item: dataclasses.Field, value: Any) -> Any:
     """The value in its field's type, or an error that names the field and what it accepts."""
     types = get_args(item.type) or (item.type,)
-    if float in types and type(value) is int:
+    if float in types and type(value) is int and abs(value) <= sys.float_info.max:
         value = float(value)
-    if type(value) not in types:
+    if type(value) not in types and not (float in types and type(value) is int):
         accepted = " or ".join("None" if t is type(None) else t.__name__ for t in types)
-        raise TypeError(f"recipe field {item.name!r} is {value!r}: accepted is {accepted}")
+        raise TypeError(f"recipe field {item.name!r} is {_short(value)}: accepted is {accepted}")
     if item.metadata["choices"] and value is not None:
         _check_choice(item.name, value, item.metadata["choices"])
-    least, most = item.metadata["least"], item.metadata["most"]
-    if least is None or value is None:
-        return value
-    if not least <= value <= (sys.float_info.max if most is None else most):
-        accepted = f"at least {least}" + (f" and at most {most}" if most is not None else "")
-        raise ValueError(f"recipe field {item.name!r} is {value!r}: accepted is {accepted}")
+    if type(value) in (int, float) and not _within(item.metadata, value):
+        words = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
+        accepted = " and ".join(f"{words[n]} {item.metadata[n]}" for n in words if item.metadata[n] is not None)
+        accepted += f" and at most {sys.float_info.max:.2g}" if value > sys.float_info.max else ""
+        raise ValueError(f"recipe field {item.name!r} is {_short(value)}: accepted is {accepted}")
     return value
+
+
+def _within(bounds: Mapping[str, Any], value: int | float) -> bool:
+    """True of a finite number between a field's bounds."""
+    least, most, above, below = (bounds[name] for name in ("least", "most", "above", "below"))
+    return (
+        (least is None or value >= least)
+        and (above is None or value > above)
+        and (below is None or value < below)
+        and value <= (sys.float_info.max if most is None else most)
+    )
 
 
 def _check_choice(name: str, value: object, accepted: Iterable[str]) -> None:
@@ -395,8 +418,11 @@ def own_file(dataset: str) -> Path | None:
     if Path(dataset).suffix.lower() not in (".json", ".csv", ".parquet"):
         return None
     for folder in (Path.cwd(), project_root()):
-        if (folder / dataset).is_file():
-            return (folder / dataset).resolve()
+        try:
+            if (folder / dataset).is_file():
+                return (folder / dataset).resolve()
+        except OSError:  # such as a name that is too long for a file
+            continue
     return None
 
 

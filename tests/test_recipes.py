@@ -92,6 +92,19 @@ def test_a_recipe_survives_json():
         ({"epochs": True}, TypeError, ["'epochs'", "True"]),
         ({"epochs": 0}, ValueError, ["'epochs'", "0", "at least 1"]),
         ({"lr": float("nan")}, ValueError, ["'lr'", "nan"]),
+        ({"lr": 0.0}, ValueError, ["'lr' is 0.0", "above 0.0"]),
+        ({"lr": 10**400}, ValueError, ["'lr' is 1000", "(401 characters)", "above 0.0 and at most 1.8e+308"]),
+        ({"lr": -(10**400)}, ValueError, ["'lr' is -1000", "above 0.0"]),
+        ({"adam_beta1": 1.0}, ValueError, ["'adam_beta1' is 1.0", "at least 0.0 and below 1.0"]),
+        ({"adam_beta2": 1}, ValueError, ["'adam_beta2' is 1.0", "at least 0.0 and below 1.0"]),
+        ({"adam_beta1": -0.1}, ValueError, ["'adam_beta1' is -0.1", "at least 0.0 and below 1.0"]),
+        ({"dataset": "a" * 5000 + ".json"}, ValueError, ["data set 'aaa", "(5,007 characters)", "annotation file"]),
+        ({"dataset": "a\0.json"}, ValueError, ["data set 'a\\x00.json'", "annotation file"]),
+        ({"backbone": ["small"]}, TypeError, ["'backbone' is ['small']", "str"]),
+        ({"preset": ["study"]}, TypeError, ["'preset' is ['study']", "str"]),
+        ({"preset": {"a": 1}}, TypeError, ["'preset' is {'a': 1}", "str"]),
+        ({"preset": "stuy"}, ValueError, ["preset 'stuy'", "did you mean 'study'?"]),
+        ({"losses": list("sdm") * 99}, TypeError, ["'losses' is ['s', 'd', 'm',", "… (1,485 characters)", "str"]),
         ({"mask_probability": 1.5}, ValueError, ["mask_probability", "at most 1.0"]),
         ({"losses": "sdm+nosuch"}, ValueError, ["loss 'nosuch'", "sdm"]),
         ({"losses": "sdm+sdm"}, ValueError, ["twice"]),
@@ -133,6 +146,24 @@ def test_a_mistake_is_named_with_what_is_accepted(overrides, error, words):
         irra.recipe(**overrides)
     for word in words:
         assert word in str(raised.value)
+
+
+@pytest.mark.parametrize(("name", "sign", "least"), [("weight_decay", 1, "0.0"), ("batch_size", -1, "2")])
+def test_a_number_too_long_to_be_written_is_refused_without_being_written(name, sign, least):
+    with pytest.raises(ValueError, match=f"'{name}' is a number of more than 4,300 digits: accepted .* {least}"):
+        irra.recipe(**{name: sign * 10**5000})
+
+
+@pytest.mark.parametrize("given", ["[]", "None", "{'a': 1}"])
+def test_a_data_set_that_is_no_text_is_refused_without_type_checks_too(given):
+    code = f"import irra_core as irra; irra.recipe({given})"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stderr
+    assert shown.endswith(f"TypeError: recipe field 'dataset' is {given}: accepted is str\n")
+
+
+def test_the_least_betas_and_the_smallest_rate_are_accepted():
+    made = irra.recipe(lr=5e-324, adam_beta1=0, adam_beta2=0.999_999)
+    assert (made.lr, made.adam_beta1, made.adam_beta2) == (5e-324, 0.0, 0.999_999)
 
 
 def test_smoke_shrinks_every_recipe(monkeypatch):

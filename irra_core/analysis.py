@@ -30,6 +30,18 @@ def means(values: DataFrame, value: str, by: str | Sequence[str]) -> DataFrame:
     return DataFrame(rows)
 
 
+def by_attribute(queries: DataFrame, annotations: DataFrame, value: str = "R1", least: int = 10) -> DataFrame:
+    """`means` of a column of per-query values for the rendered people with each attribute, who are at least `least`.
+
+    Columns attribute and group first (`hair`, `long`), in the order of the mean.
+    """
+    people = attributes(annotations[annotations.pid.isin(queries.pid)]).drop_duplicates("pid")
+    groups = [(pid, *pair) for pid, person in zip(people.pid, people.attributes) for pair in person.items()]
+    worn = queries.merge(DataFrame(groups, columns=["pid", "attribute", "group"]), on="pid")
+    found = means(worn, value, ["attribute", "group"])
+    return found[found.identities >= least].sort_values(value, ignore_index=True)
+
+
 def pair_kinds(
     query_pids: Int[np.ndarray, " queries"],
     gallery_pids: Int[np.ndarray, " gallery"],

@@ -89,6 +89,22 @@ def test_answers_are_the_first_photos_with_their_persons_share_of_the_softmax(ca
         assert (answer.margin > 0) == (not answer.right)
 
 
+def test_scores_by_attribute_are_those_of_the_people_who_have_it(tmp_path):
+    make_synthetic(tmp_path, people=24)
+    annotations = load_annotations("synthetic", tmp_path)
+    queries = annotations[annotations.split == "train"].reset_index(drop=True)
+    queries["R1"] = np.random.default_rng(0).choice([0.0, 100.0], len(queries))
+    looks = {row.pid: row.attributes for row in attributes(annotations).itertuples()}
+    found = analysis.by_attribute(queries, annotations, least=3)
+    for row in found.itertuples():
+        rows = [q for q in queries.itertuples() if looks[q.pid].get(row.attribute) == row.group]
+        assert (row.R1, row.rows) == (pytest.approx(np.mean([q.R1 for q in rows])), len(rows))
+        assert row.identities == len({q.pid for q in rows}) >= 3
+    counted = {pair for pid in set(queries.pid) for pair in looks[pid].items()}
+    holders = {pair: sum(looks[pid].get(pair[0]) == pair[1] for pid in set(queries.pid)) for pair in counted}
+    assert set(zip(found.attribute, found.group)) == {pair for pair, people in holders.items() if people >= 3}
+
+
 def test_contradictions_compare_what_the_caption_states_with_the_person_found(tmp_path):
     make_synthetic(tmp_path, people=24)
     test = load_annotations("synthetic", tmp_path).query("split == 'test'").reset_index(drop=True)

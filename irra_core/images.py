@@ -348,14 +348,18 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def open_annotations(recipe: Recipe, root: str | Path | None = None, progress: Any = None) -> DataFrame:
+def open_annotations(
+    recipe: Recipe, root: str | Path | None = None, progress: Any = None, leave_out: bool = True
+) -> DataFrame:
     """The table of a recipe's data set; rendered people are made first, once, where they are not there yet.
 
     With IRRA_SMOKE=1 a few rendered people of their own folder stand in for the default ones. Of real photos, those
-    that cannot be read are left out (see `leave_out_unreadable`).
+    that cannot be read are left out (see `leave_out_unreadable`); `leave_out=False` gives the table as it is written,
+    for check_annotations to look at.
     """
     if not recipe.dataset.startswith("synthetic"):
-        return leave_out_unreadable(load_annotations(recipe.dataset, root, recipe.identities), recipe, progress)
+        table = load_annotations(recipe.dataset, root, recipe.identities)
+        return leave_out_unreadable(table, recipe, progress) if leave_out else table
     root = data_root(root) / (f"smoke/rendering-{RENDERING}" if smoke() else "")  # an older one is in nobody's way
     domain = recipe.dataset.removeprefix("synthetic").removeprefix("-") or "street"
     made = {"people": SMOKE_IDENTITIES} if smoke() else {}

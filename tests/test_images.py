@@ -18,6 +18,7 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from irra_core import images as module
+from irra_core.annotations import check_annotations
 from irra_core.images import (
     MEAN,
     STD,
@@ -29,6 +30,7 @@ from irra_core.images import (
     leave_out_unreadable,
     load_images,
     normalise,
+    open_annotations,
 )
 from irra_core.recipes import recipe as make_recipe
 
@@ -292,6 +294,24 @@ def test_absent_and_broken_photos_of_which_each_alone_would_be_few_are_too_many_
     with pytest.raises(UnreadableImages, match="4 images") as error:
         leave_out_unreadable(of_people(paths), small)
     assert list(error.value.files) == [paths[place] for place in (7, 9, 30, 200)]
+
+
+def test_a_table_that_no_run_would_take_opens_as_it_is_written(tmp_path):
+    paths = photos(tmp_path, 12)
+    os.remove(paths[3])
+    truncated(Path(paths[5]))
+    records = [
+        {"id": number, "captions": ["a man"], "file_path": f"{number}.png", "split": "test"} for number in range(12)
+    ]
+    (tmp_path / "own.json").write_text(json.dumps(records))
+    own = make_recipe(str(tmp_path / "own.json"))
+    with pytest.raises(UnreadableImages, match="2 images"):
+        open_annotations(own)
+    table = open_annotations(own, leave_out=False)
+    assert table.path.tolist() == paths
+    where = " ".join(check_annotations(table).query("severity == 'error'")["where"])
+    assert paths[3] in where
+    assert paths[5] in where
 
 
 def test_names_beyond_ascii_are_read(tmp_path):

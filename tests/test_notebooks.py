@@ -94,6 +94,20 @@ def test_a_mistake_stops_the_notebook_with_one_clear_error(arguments, words, tmp
     assert len(done) <= (3 if "dataset" not in arguments or "nosuch" in arguments else 6)
 
 
+def test_data_shows_what_is_wrong_with_a_set_that_no_run_would_take(tmp_path):
+    file = own_json(tmp_path / "data")
+    absent, broken = load_annotations(file).path.unique()[[4, 9]]
+    os.remove(absent)
+    Path(broken).write_bytes(b"no photo")
+    ended = papermill(tmp_path / "out.ipynb", "-p", "dataset", file, notebook="data.ipynb", IRRA_CACHE=tmp_path / "c")
+    assert ended.returncode != 0
+    assert "2 images cannot be read" in ended.stderr
+    cells = nbformat.read(tmp_path / "out.ipynb", 4).cells
+    shown = "".join(str(cell.outputs) for cell in cells if "check_annotations" in cell.source and "outputs" in cell)
+    for words in ("an image file is missing", "an image file cannot be read", Path(absent).name, Path(broken).name):
+        assert words in shown
+
+
 def test_evaluate_scores_a_released_checkpoint_with_no_other_argument(tmp_path):
     """A file as the released code writes it, with the paper's image size and fewer blocks, on CUHK-PEDES's layout."""
     import torch

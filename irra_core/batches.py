@@ -9,7 +9,7 @@ from pandas import DataFrame
 from torch import Tensor
 
 from irra_core.distributed import member
-from irra_core.images import augment, draw_augmentation
+from irra_core.images import augment, draw_augmentation, moved
 from irra_core.recipes import Recipe
 from irra_core.text import mask_tokens, masked_words, tokenize, trim
 
@@ -141,11 +141,11 @@ class Batches:
     def _pixels(self, images: Int[Tensor, " b"]) -> UInt8[Tensor, "b 3 h w"]:
         """The decoded images, on the device."""
         if isinstance(self.pixels, Tensor):
-            return self._moved(self.pixels[images.to(self.pixels.device)])
+            return self._moved(self.pixels[moved(images, self.pixels.device)])
         return self._moved(torch.from_numpy(self.pixels[images.numpy()]))
 
     def _moved(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)
+        return moved(tensor, self.device)
 
     def _rows(self, step: int) -> Int[Tensor, " b"]:
         """The rows of the train table that a step learns from."""

@@ -250,6 +250,32 @@ def test_tables_that_do_not_fit_are_refused(table, pixels, recipe):
         Batches(table, pixels, tokens, recipe.replace(image_height=24))
 
 
+def test_all_copies_of_a_batch_to_a_gpu_come_from_pinned_memory_and_none_is_waited_for(
+    make, recipe, table, pixels, monkeypatch
+):
+    """Without a GPU: what should go there is recorded and stays."""
+    pinned, copies, to = [], [], torch.Tensor.to
+
+    def pin_memory(tensor):
+        pinned.append(tensor)
+        return tensor
+
+    def copy(tensor, device, *args, non_blocking=False, **kwargs):
+        if getattr(device, "type", "") != "cuda":
+            return to(tensor, device, *args, non_blocking=non_blocking, **kwargs)
+        copies.append((any(tensor is one for one in pinned), non_blocking))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", copy)
+    expected = make(recipe).at(1)
+    assert not pinned
+    for given in (pixels, torch.from_numpy(pixels)):
+        assert same(Batches(table, given, captions(CAPTIONS), recipe, device="cuda").at(1), expected)
+        assert copies == [(True, True)] * len(fields(expected))
+        copies.clear()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_batches_on_the_gpu_are_the_cpus(make, recipe, table, pixels):
     expected = make(recipe).at(1)

@@ -17,14 +17,13 @@ import numpy as np
 import pandas as pd
 from pandas import DataFrame
 
+from irra_core.photos import read_photo
 from irra_core.recipes import own_file, project_root, unknown
 
 SPLITS = ("train", "val", "test")
 PATH_FIELDS = ("file_path", "img_path")  # CUHK-PEDES and ICFG-PEDES write the first, RSTPReid the second
 RECORD = '{"split": "train", "captions": ["…"], "file_path" or "img_path": "…", "id": 1}'
 COLUMNS = ("path", "caption", "id", "split")  # of a CSV or Parquet file; the last is optional
-# Pillow's other readers are left out: some start other programs (EPS). images.py reads the same ones.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 SAMPLE = 8  # images looked for at load; check_annotations and the image array look for all
 
 
@@ -484,9 +483,9 @@ def _file_findings(annotations: DataFrame, read_images: bool) -> Iterable[tuple[
         warnings.filterwarnings("error", message=".*decompression bomb.*")  # said once, as a finding
         faults = dict(zip(paths, pool.map(_examine if read_images else _look, paths), strict=True))
     yield _finding("error", "an image file is missing", [p for p, (fault, _) in faults.items() if fault == "missing"])
-    broken = [f"{p} ({fault})" for p, (fault, _) in faults.items() if fault not in (None, "missing")]
+    broken = [f"{p}: {fault}" for p, (fault, _) in faults.items() if fault not in (None, "missing")]
     yield _finding("error", "an image file cannot be read: copy it again, or drop its record", broken)
-    same: dict[str, list[str]] = {}
+    same: dict[bytes, list[str]] = {}
     for path, (_, digest) in faults.items():
         if digest:
             same.setdefault(digest, []).append(path)
@@ -506,25 +505,20 @@ def _led_out(paths: list[str]) -> list[str]:
 
 def _look(path: str) -> tuple[str | None, None]:
     """What is wrong with the file at first sight, and no digest."""
-    if not os.path.isfile(path):
+    if not os.path.exists(path):
         return "missing", None
+    if not os.path.isfile(path):
+        return "is no regular file", None
     return (None if os.path.getsize(path) else "0 bytes"), None
 
 
-def _examine(path: str) -> tuple[str | None, str | None]:
-    """What is wrong with the image file (None: nothing), and the digest of its bytes."""
-    from PIL import Image
-
+def _examine(path: str) -> tuple[str | None, bytes | None]:
+    """What is wrong with the image file (None: training takes it), and the digest of its bytes."""
     fault, _ = _look(path)
     if fault:
         return fault, None
-    try:
-        content = Path(path).read_bytes()
-        Image.open(io.BytesIO(content), formats=IMAGE_FORMATS).load()
-    except Exception as error:  # a broken file can raise anything from inside a decoder
-        reason = "no image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        return f"{os.path.getsize(path):,} bytes: {reason}", None
-    return None, hashlib.blake2b(content, digest_size=16).hexdigest()
+    photo = read_photo(path)
+    return (photo, None) if isinstance(photo, str) else (None, photo.digest)
 
 
 def _count_findings(annotations: DataFrame, dataset: str | None) -> Iterable[tuple[str, str, str, int]]:

@@ -21,8 +21,9 @@ from PIL import Image, ImageOps
 
 from irra_core import plots
 from irra_core.explanations import explain, fill_masks
-from irra_core.images import FORMATS, load_images
+from irra_core.images import load_images
 from irra_core.metrics import query_metrics
+from irra_core.photos import FORMATS
 from irra_core.recipes import recipe
 from irra_core.runs import reports_root, write_text
 from irra_core.text import END_ID, MASK_ID, detokenize_words, tokenize, whole_characters

@@ -4,7 +4,6 @@ import errno
 import fcntl
 import functools
 import hashlib
-import io
 import json
 import math
 import os
@@ -28,6 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from irra_core.annotations import data_root, load_annotations, photo_table
+from irra_core.photos import read_photo
 from irra_core.recipes import SMOKE_IDENTITIES, Recipe, project_root, smoke
 from irra_core.synthetic import RENDERING, make_synthetic
 
@@ -37,19 +37,6 @@ ERASED_AREA = (0.02, 0.4)  # released code; share of the image
 ERASED_RATIO = (0.3, 3.3)  # torchvision's default; height over width
 ERASE_ATTEMPTS = 10  # torchvision's; a box that does not fit is drawn again
 
-# Pillow's other readers are left out: some start other programs (EPS), none is a photo's format.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
-MAX_BYTES = 2**30
-MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs: 256 MB of RGB
-TURNS = {  # EXIF orientation → what makes the picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 VERSION = 1  # of what decoding does to a picture: arrays of another version are not used
 GROUP = 8  # images that a thread takes at once: handing over single ones costs 5 % of the time
 MOST_UNREADABLE = 0.01  # of a data set's photos; with more, a run does not begin
@@ -301,51 +288,12 @@ def decode_images(
 
 
 def _decode(file: str, height: int, width: int) -> Decoded | str:
-    """The file's first frame, upright, as RGB, resized bilinearly with antialias; or the reason why there is none."""
-    try:
-        found = os.stat(file)
-        if not stat.S_ISREG(found.st_mode):  # a pipe would never end
-            return "is no regular file"
-        if found.st_size > MAX_BYTES:
-            return f"has {found.st_size:,} bytes, at most {MAX_BYTES:,} are read: save it smaller"
-        content = Path(file).read_bytes()
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            if math.prod(image.size) > MAX_PIXELS:
-                return f"has {math.prod(image.size):,} pixels, at most {MAX_PIXELS:,} are decoded: save it smaller"
-            if image.mode == "F":
-                return "has floating-point pixels of no known range: save it with 8 bits a channel"
-            small = _upright(_rgb(image)).resize((width, height), Image.Resampling.BILINEAR)
-        bands = tuple(small.tobytes("raw", band) for band in "RGB")
-        return Decoded(bands, hashlib.blake2b(content, digest_size=16).digest())
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        return f"{error}: save it smaller"
-    except Exception as error:  # a broken file makes Pillow raise almost anything
-        size = os.path.getsize(file) if os.path.isfile(file) else 0
-        reason = "its content is no image" if isinstance(error, PIL.UnidentifiedImageError) else error
-        return f"{reason} ({size:,} bytes)"
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """The image as the released code sees it, Pillow's `convert("RGB")`: transparency is dropped, not blended.
-
-    16-bit greys are the exception: Pillow turns all above 255 white; here they keep their high byte.
-    """
-    if image.mode.startswith("I"):
-        grey = np.asarray(image)
-        if grey.min() < 0 or grey.max() > 65_535:
-            raise ValueError("its grey values are outside 0..65,535: save it with 8 bits a channel")
-        return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
-    image.info.pop("transparency", None)  # convert would warn of it, and drop it too
-    return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF entry says, which the released code ignores."""
-    try:
-        turn = TURNS.get(image.getexif().get(0x0112))
-    except Exception:  # a broken EXIF entry says nothing; the pixels are fine
-        return image
-    return image if turn is None else image.transpose(turn)
+    """The photo resized bilinearly with antialias; or the reason why there is none."""
+    photo = read_photo(file)
+    if isinstance(photo, str):
+        return photo
+    small = photo.image.resize((width, height), Image.Resampling.BILINEAR)
+    return Decoded(tuple(small.tobytes("raw", band) for band in "RGB"), photo.digest)
 
 
 def open_annotations(

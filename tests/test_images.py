@@ -229,6 +229,23 @@ def test_an_unusable_file_is_named_with_its_reason_and_remedy(tmp_path, what, re
     assert "copy again, or drop" in str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_check_annotations_names_the_files_that_the_array_refuses_and_no_other(tmp_path):
+    paths = photos(tmp_path, 3)
+    for place, (make, _) in enumerate(BAD.values()):
+        paths.append(str(tmp_path / f"{place}.bad"))
+        make(Path(paths[-1]))
+    smooth(3).convert("I;16").save(tmp_path / "sound.tiff")
+    with pytest.raises(UnreadableImages) as error:
+        image_array([*paths, tmp_path / "sound.tiff"], HEIGHT, WIDTH)
+    refused = []
+    for path in [*paths, str(tmp_path / "sound.tiff")]:  # a finding names the first five files only
+        found = check_annotations(of_people([path])).finding
+        if found.str.contains("an image file (?:is missing|cannot be read)").any():
+            refused.append(path)
+    assert refused == list(error.value.files) == paths[3:]
+
+
 def test_a_path_with_a_nul_is_an_unusable_file(tmp_path):
     with pytest.raises(UnreadableImages, match="null"):
         image_array([*photos(tmp_path), "a\0b.png"], HEIGHT, WIDTH)

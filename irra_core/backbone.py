@@ -6,6 +6,7 @@ import math
 import socket
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -29,6 +30,7 @@ SMALL_CLIP = {
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 3},
 }
 CHECKSUM = "checksum"  # the entry of a safetensors file's metadata
+PRECISIONS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # in which weights may be kept
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 # Entries of CLIP files that are no weights of the encoders.
 _NOT_LEARNED = ("logit_scale", "logit_bias", "input_resolution", "context_length", "vocab_size", "attn_mask")
@@ -176,38 +178,125 @@ def load_clip_weights(clip: CLIP, path: str | Path) -> None:
 
     The file holds a state dict, or has it under `state_dict` or `model`; names may begin with module., clip., text. or
     base_model., as in checkpoints of this library and of the released code. Raises ValueError naming each tensor that
-    is missing, left over or misshapen.
+    is missing, left over, misshapen or without finite numbers.
     """
     content, metadata = read_weights(path)
-    tensors = _clip_tensors(content)
+    where = f"weights file {path}"
+    tensors = _clip_tensors(content, where)
+    check_weights(tensors, where)
     if (name := "visual.positional_embedding") in tensors:
-        source = None
-        if "recipe" in metadata:
-            made = json.loads(metadata["recipe"])
-            patch = clip.visual.conv1.kernel_size[0]
-            source = patch_grid((made["image_height"], made["image_width"]), patch, made["stride"])
-        tensors[name] = resize_positions(tensors[name].float(), *clip.visual.grid_size, source)
-    fill(learned(clip.state_dict()), tensors, f"weights file {path}")
+        positions = tensors[name]
+        if positions.ndim != 2 or len(positions) < 2:
+            raise ValueError(
+                f"{where}: {name} is {tuple(positions.shape)}: accepted are the class token's position and those of 1 "
+                "patch or more, in rows. Take a file of CLIP's vision transformer"
+            )
+        patch, recipe = clip.visual.conv1.kernel_size[0], metadata.get("recipe")
+        source = None if recipe is None else _own_grid(recipe, patch, where)
+        try:
+            tensors[name] = resize_positions(positions.float(), *clip.visual.grid_size, source)
+        except ValueError as error:
+            raise ValueError(f"{where}: {name}: {error}") from error
+    fill(learned(clip.state_dict()), tensors, where)
 
 
-def _clip_tensors(content: Mapping) -> dict[str, Tensor]:
-    """The two encoders' tensors of a weights file under open_clip's names."""
-    for name in ("state_dict", "model"):
+def _own_grid(recipe: str, patch: int, where: str) -> tuple[int, int]:
+    """Rows and columns of the patches of a model of this library, from the recipe beside its weights."""
+    try:
+        made = json.loads(recipe)
+        height, width, stride = (made[name] for name in ("image_height", "image_width", "stride"))
+        if not all(type(value) is int for value in (height, width, stride)):
+            raise ValueError("image_height, image_width and stride must be whole numbers")
+        check_patches((height, width), patch, stride)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{where}: the recipe in its metadata does not say for which image its positions are "
+            f"({type(error).__name__}: {error}): write the file again with save_checkpoint, or without that entry"
+        ) from error
+    return patch_grid((height, width), patch, stride)
+
+
+def unwrapped(content: Mapping, where: str, *under: str) -> dict[str, Any]:
+    """The state dict of a file, which may have it under one of these names, without the prefix of DataParallel."""
+    for name in under:
         content = content[name] if isinstance(content.get(name), Mapping) else content
-    content = {name.removeprefix("module."): tensor for name, tensor in content.items()}
+    for name in content:
+        if not isinstance(name, str):
+            raise ValueError(
+                f"{where}: a tensor is named by {str(name)[:80]}, of type {type(name).__name__}: accepted are names in "
+                "text, such as visual.proj. Write the state dict that torch makes"
+            )
+    return {name.removeprefix("module."): value for name, value in content.items()}
+
+
+def check_weights(tensors: Mapping[str, Any], where: str, finite: bool = True) -> None:
+    """Raise ValueError, naming each, for what are no tensors of floating-point numbers that lie in the file.
+
+    Unless `finite` is False their numbers must be finite, in single precision too.
+    """
+    faults = ((name, _fault(value, finite)) for name, value in tensors.items())
+    faults = [f"{name[:120]} is {fault}" for name, fault in faults if fault]
+    if not faults:
+        parts = [value.untyped_storage() for value in tensors.values()]
+        held = sum({part.data_ptr(): part.nbytes() for part in parts}.values())
+        claimed = sum(value.numel() * value.element_size() for value in tensors.values())
+        if claimed > held:
+            faults = [f"its tensors share {held:,} bytes and would take {claimed:,}"]
+    if faults:
+        more = f" and {len(faults) - 12} more" if len(faults) > 12 else ""
+        raise ValueError(
+            f"{where}: {'; '.join(faults[:12])}{more}. Accepted are dense tensors of finite numbers in "
+            f"{', '.join(str(kind).removeprefix('torch.') for kind in PRECISIONS)}, each with its own memory: write "
+            "the file again from a sound model's state_dict()"
+        )
+
+
+def _fault(value: object, finite: bool) -> str | None:
+    """What keeps a value from being taken as a weight; None where nothing does."""
+    if not isinstance(value, Tensor):
+        return f"no tensor but of type {type(value).__name__}"
+    if value.layout != torch.strided or value.is_nested:
+        return f"a {'nested' if value.is_nested else str(value.layout).removeprefix('torch.')} tensor"
+    if value.dtype not in PRECISIONS:
+        return f"of {str(value.dtype).removeprefix('torch.')}"
+    if value.is_meta:
+        return "without numbers (device meta)"
+    held = value.untyped_storage().nbytes() // value.element_size()
+    if value.numel() > held:
+        return f"{tuple(value.shape)} with memory for {held:,} numbers"
+    return "not finite (NaN or infinite numbers)" if finite and not _finite(value) else None
+
+
+def _finite(value: Tensor) -> bool:
+    """True unless a number is NaN or infinite in single precision; a finite sum says so in the fewest passes."""
+    value = value.detach().float()
+    return bool(value.sum().isfinite()) or bool(value.isfinite().all())
+
+
+def _clip_tensors(content: Mapping, where: str) -> dict[str, Any]:
+    """The two encoders' tensors of a weights file under open_clip's names."""
+    content = unwrapped(content, where, "state_dict", "model")
     for prefix in ("clip.", "base_model."):
         inner = {name.removeprefix(prefix): value for name, value in content.items() if name.startswith(prefix)}
         content = inner or content
     return learned({name.removeprefix("text."): value for name, value in content.items()})
 
 
-def learned(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def learned(state: Mapping[str, Any]) -> dict[str, Any]:
     """A state dict without what is no weight of IRRA: CLIP's learned temperature and a file's notes on its sizes."""
     return {name: value for name, value in state.items() if name.split(".")[-1] not in _NOT_LEARNED}
 
 
 def fill(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
     """Copy tensors into those of the same name. Raises ValueError naming each one missing, left over or misshapen."""
+    check_fit(wanted, tensors, where)
+    with torch.no_grad():
+        for name, value in wanted.items():
+            value.copy_(tensors[name])
+
+
+def check_fit(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise ValueError naming each tensor missing, left over or misshapen."""
     complaints = [f"{name} is missing" for name in wanted if name not in tensors]
     complaints += [f"{name} is left over" for name in tensors if name not in wanted]
     complaints += [
@@ -218,6 +307,3 @@ def fill(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str
     if complaints:
         more = f" and {len(complaints) - 12} more" if len(complaints) > 12 else ""
         raise ValueError(f"{where} does not fit the model: {'; '.join(complaints[:12])}{more}")
-    with torch.no_grad():
-        for name, value in wanted.items():
-            value.copy_(tensors[name])

@@ -499,8 +499,10 @@ def _check_backbone(recipe: Recipe) -> None:
 def check_patches(image_size: tuple[int, int], patch: int, stride: int) -> None:
     """Raise ValueError for patches larger than the image, and for a stride that would skip pixels between them."""
     height, width = image_size
-    if not stride <= patch <= min(height, width):
-        raise ValueError(f"stride {stride}, patch {patch}, image {height}×{width}: accepted is stride ≤ patch ≤ image")
+    if not 1 <= stride <= patch <= min(height, width):
+        raise ValueError(
+            f"stride {stride}, patch {patch}, image {height}×{width}: accepted is 1 ≤ stride ≤ patch ≤ image"
+        )
 
 
 def _check_trained(recipe: Recipe) -> None:

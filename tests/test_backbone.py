@@ -68,9 +68,11 @@ def test_overlapping_patches_are_the_crops_a_stride_apart():
     torch.testing.assert_close(clip.encode_image(pictures), plain.encode_image(apart), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("stride", [9, 40])
-def test_a_stride_that_skips_pixels_is_refused(stride):
-    with pytest.raises(ValueError, match=f"stride {stride}, patch 8, image 32×32: accepted is stride ≤ patch ≤ image"):
+@pytest.mark.parametrize("stride", [0, -1, 9, 40])
+def test_a_stride_that_skips_pixels_or_does_not_advance_is_refused(stride):
+    with pytest.raises(
+        ValueError, match=f"stride {stride}, patch 8, image 32×32: accepted is 1 ≤ stride ≤ patch ≤ image"
+    ):
         tiny(stride=stride)
 
 
@@ -168,6 +170,106 @@ def test_nothing_of_a_file_that_does_not_fit_is_taken_over(tmp_path):
     with pytest.raises(ValueError, match=r"visual\.proj is missing"):
         load_clip_weights(clip, tmp_path / "part.pt")
     assert all(torch.equal(value, before[name]) for name, value in clip.state_dict().items())
+
+
+def view_of_little(shape):
+    return torch.zeros(1).expand(shape)
+
+
+UNSOUND = {  # what a file may hold in the place of visual.proj (64, 64), and what is said of it
+    "a number": (lambda proj: 3, "no tensor but of type int"),
+    "a list": (lambda proj: [proj], "no tensor but of type list"),
+    "complex numbers": (lambda proj: proj.to(torch.complex64), "of complex64"),
+    "whole numbers": (lambda proj: proj.long(), "of int64"),
+    "truth values": (lambda proj: proj > 0, "of bool"),
+    "eight bits": (lambda proj: proj.to(torch.float8_e4m3fn), "of float8_e4m3fn"),
+    "a sparse tensor": (lambda proj: proj.to_sparse(), "a sparse_coo tensor"),
+    "no numbers": (lambda proj: proj.to("meta"), r"without numbers \(device meta\)"),
+    "one number many times": (lambda proj: view_of_little(proj.shape), r"\(64, 64\) with memory for 1 numbers"),
+    "far more than is there": (lambda proj: view_of_little((10**9, 64)), r"\(1000000000, 64\) with memory for 1 num"),
+    "a NaN": (lambda proj: proj.clone().index_fill_(0, torch.tensor([7]), float("nan")), "not finite"),
+    "infinities": (lambda proj: torch.stack([*proj[:-2], proj[0] + torch.inf, proj[0] - torch.inf]), "not finite"),
+    "more than single precision holds": (lambda proj: proj.double() + 1e39, "not finite"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+@pytest.mark.parametrize("form", UNSOUND)
+def test_what_is_no_dense_tensor_of_finite_floats_is_named_and_nothing_is_taken_over(form, tmp_path):
+    make, said = UNSOUND[form]
+    state = tiny(seed=1).state_dict()
+    state["visual.proj"] = make(state["visual.proj"])
+    torch.save(state, tmp_path / "odd.pt")
+    clip = tiny(seed=2)
+    before = {name: value.clone() for name, value in clip.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"odd\.pt: visual\.proj is {said}.*Accepted are dense tensors of finite"):
+        load_clip_weights(clip, tmp_path / "odd.pt")
+    assert all(torch.equal(value, before[name]) for name, value in clip.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_large_finite_weights_are_taken_in_every_precision_and_layout(kind, tmp_path):
+    state = tiny(seed=1).state_dict()
+    large = min(torch.finfo(kind).max, torch.finfo(torch.float32).max) * 0.5  # their sum is beyond the precision
+    state["visual.proj"] = torch.full((64, 64), large, dtype=kind).t()
+    state["visual.conv1.weight"] = state["visual.conv1.weight"].to(memory_format=torch.channels_last)
+    torch.save(state, tmp_path / "large.pt")
+    clip = tiny(seed=2)
+    load_clip_weights(clip, tmp_path / "large.pt")
+    assert torch.equal(clip.visual.proj, state["visual.proj"].float())
+    assert torch.equal(clip.visual.conv1.weight, state["visual.conv1.weight"])
+
+
+def test_tensors_that_share_their_memory_are_refused(tmp_path):
+    state = tiny(seed=1).state_dict()
+    state["visual.proj"] = state["text_projection"]
+    torch.save(state, tmp_path / "shared.pt")
+    with pytest.raises(ValueError, match=r"shared\.pt: its tensors share [\d,]+ bytes and would take [\d,]+"):
+        load_clip_weights(tiny(), tmp_path / "shared.pt")
+
+
+def test_weights_cut_from_one_flat_vector_are_taken(tmp_path):
+    state = tiny(seed=1).state_dict()
+    flat = torch.cat([value.flatten() for value in state.values()])
+    parts = flat.split([value.numel() for value in state.values()])
+    cut = {name: part.view(value.shape) for (name, value), part in zip(state.items(), parts, strict=True)}
+    torch.save(cut, tmp_path / "flat.pt")
+    clip = tiny(seed=2)
+    load_clip_weights(clip, tmp_path / "flat.pt")
+    assert torch.equal(clip.visual.proj, state["visual.proj"])
+
+
+def test_a_tensor_that_no_text_names_is_refused(tmp_path):
+    torch.save({"state_dict": {**tiny().state_dict(), 3: torch.zeros(2)}}, tmp_path / "named.pt")
+    with pytest.raises(ValueError, match=r"named\.pt: a tensor is named by 3, of type int: accepted are names in text"):
+        load_clip_weights(tiny(), tmp_path / "named.pt")
+
+
+@pytest.mark.parametrize("shape", [(17,), (0, 64), (1, 64), (17, 64, 1), (12, 64)])
+def test_positions_that_are_no_rows_of_a_grid_are_refused_by_file_and_name(shape, tmp_path):
+    state = tiny().state_dict() | {"visual.positional_embedding": torch.zeros(shape)}
+    torch.save(state, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match=r"odd\.pt: visual\.positional_embedding(: 11 patch positions| is \()"):
+        load_clip_weights(tiny(), tmp_path / "odd.pt")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ("{}", "KeyError: 'image_height'"),
+        ("hello", "JSONDecodeError"),
+        ("[1]", "TypeError"),
+        ("[" * 100_000, "RecursionError"),
+        ('{"image_height": 32, "image_width": 32, "stride": 0}', "stride 0, patch 8, image 32×32"),
+        ('{"image_height": 32, "image_width": 32, "stride": "8"}', "must be whole numbers"),
+        ('{"image_height": 32, "image_width": 32.5, "stride": 8}', "must be whole numbers"),
+        ('{"image_height": 4, "image_width": 32, "stride": 8}', "stride 8, patch 8, image 4×32"),
+    ],
+)
+def test_a_recipe_beside_the_weights_that_gives_no_grid_is_refused(recipe, said, tmp_path):
+    save_file(tiny().state_dict(), tmp_path / "odd.safetensors", {"recipe": recipe})
+    with pytest.raises(ValueError, match=rf"odd\.safetensors: the recipe in its metadata does not say .*{said}"):
+        load_clip_weights(tiny(), tmp_path / "odd.safetensors")
 
 
 class Trap:

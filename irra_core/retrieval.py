@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow.parquet
+import torch
 from jaxtyping import Float32, UInt8
 from pandas import DataFrame
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
 
-from irra_core.checkpoints import replaced
+from irra_core.backbone import CHECKSUM, checksum
+from irra_core.checkpoints import replaced, save_tensors
 from irra_core.distributed import ALONE, Team, member
 from irra_core.evaluation import encode_images, encode_texts
 from irra_core.images import UnreadableImages, decode_images
@@ -90,6 +91,7 @@ class Gallery:
             _check_filled(gallery, images)
         if head and processes == 1:
             gallery._store.save_graph(head.parent)
+            _begin_folder(head, model, index, len(gallery))
         return gallery
 
     @classmethod
@@ -101,9 +103,11 @@ class Gallery:
             return cls(model, Memory(_width(model), index))
         if not head.is_file():
             _begin_folder(head, model, index)
-        if _read_head(head, model)["index"] != index:  # it may be another model's, begun meanwhile: refused
-            _begin_folder(head, model, index)
-        return cls.load(head.parent, model, index if team == ALONE else "exact")  # a share is never walked through
+        said = _read_head(head, model)  # it may be another model's, begun meanwhile: refused
+        if said["index"] != index:
+            _begin_folder(head, model, index, said["photos"])
+        # a share is never walked through
+        return cls._opened(head.parent, model, index if team == ALONE else "exact", whole=False)
 
     @property
     def images(self) -> DataFrame:
@@ -254,7 +258,7 @@ class Gallery:
         _check_free(folder)
         aside, old = (folder.with_name(f"{folder.name}.{word}-{os.getpid()}") for word in ("partial", "old"))
         try:
-            _begin_folder(aside / HEAD, self.model, self._store.index)
+            _begin_folder(aside / HEAD, self.model, self._store.index, len(self))
             _write_part(aside, self.images, self._store.features)
             self._store.save_graph(aside)
             if folder.exists():
@@ -272,14 +276,26 @@ class Gallery:
         """The gallery that `save`, or `build` with a folder, wrote; `index` replaces the one it had.
 
         Every file is checked before it is used. The url of a gallery in Milvus opens that one. Raises ValueError when a
-        file is damaged or another model made the gallery, FileNotFoundError when there is none.
+        file is damaged or missing or another model made the gallery, FileNotFoundError when there is none. That a file
+        is missing is not seen where several processes filled the folder and no last call of one completed it.
         """
         if is_milvus(folder):
             return cls(model, Milvus(str(folder), _width(model), index, model_fingerprint(model)))
-        folder = Path(folder)
+        return cls._opened(Path(folder), model, index)
+
+    @classmethod
+    def _opened(cls, folder: Path, model, index: str | None, whole: bool = True) -> "Gallery":
+        """The gallery of a folder; without `whole` it may have lost parts, which are about to be made again."""
         head = _read_head(folder / HEAD, model)
         store = Memory(head["dim"], _check_index(index or head["index"]))
         parts = [_read_part(path, head["dim"]) for path in sorted(folder.glob("part-*.safetensors"))]
+        if (count := sum(len(photos) for photos, _ in parts)) < head["photos"]:
+            if whole:
+                raise ValueError(
+                    f"{folder} has {count:,} of its {head['photos']:,} photos, a part is missing: copy the gallery "
+                    "again, or call Gallery.build(…, folder=) with the same photos, which adds what is missing"
+                )
+            (folder / GRAPH).unlink(missing_ok=True)  # the rows that come back have other places
         store.extend(parts, folder / GRAPH)
         if store.images.image_id.duplicated().any():
             twice = store.images.image_id[store.images.image_id.duplicated()].iloc[0]
@@ -333,13 +349,17 @@ def _checked_k(k: int) -> int:
     return int(k)
 
 
-def _check_finite(features: Float32[np.ndarray, "n dim"], names: Sequence[str]) -> None:
+def _check_finite(
+    features: Float32[np.ndarray, "n dim"],
+    names: Sequence[str],
+    remedy: str = "the model's weights are damaged, load another checkpoint",
+) -> None:
     """Refuse features that cannot be ranked: NaN, or no direction at all."""
     broken = np.flatnonzero(~(np.abs(np.linalg.norm(features, axis=1) - 1) < 1e-2))  # NaN is never below
     if len(broken):
         raise ValueError(
             f"{len(broken)} of {len(features)} features are not unit vectors (NaN or zero), first that of "
-            f"{names[broken[0]]!r}: the model's weights are damaged, load another checkpoint"
+            f"{names[broken[0]]!r}: {remedy}"
         )
 
 
@@ -438,9 +458,9 @@ def _write_part(folder: Path, photos: DataFrame, features: Float32[np.ndarray, "
     part = folder / f"part-{free + (process - free) % processes:05}"
     with replaced(part.with_suffix(".parquet")) as aside:
         photos.to_parquet(aside)
-    arrays = {"features": np.ascontiguousarray(features), "image_id": photos.image_id.to_numpy()}
-    with replaced(part.with_suffix(".safetensors")) as aside:
-        save_file(arrays, aside)
+    ids = torch.tensor(photos.image_id.to_numpy(), dtype=torch.int64)
+    arrays = {"features": torch.from_numpy(np.ascontiguousarray(features)), "image_id": ids}
+    save_tensors(arrays, part.with_suffix(".safetensors"))
 
 
 def _check_free(folder: Path) -> None:
@@ -453,11 +473,11 @@ def _check_free(folder: Path) -> None:
         raise ValueError(f"{folder} holds something that is no gallery: give the path of a new folder")
 
 
-def _begin_folder(head: Path, model, index: str) -> None:
-    """Write what a gallery's folder says of itself."""
+def _begin_folder(head: Path, model, index: str, photos: int = 0) -> None:
+    """Write what a gallery's folder says of itself; `photos` is how many it has at least."""
     _check_free(head.parent)
     head.parent.mkdir(parents=True, exist_ok=True)
-    said = {"format": FORMAT, "model": model_fingerprint(model), "dim": _width(model), "index": index}
+    said = {"format": FORMAT, "model": model_fingerprint(model), "dim": _width(model), "index": index, "photos": photos}
     write_text(head, json.dumps(said, indent=2) + "\n")
 
 
@@ -479,9 +499,11 @@ def _read_head(path: Path, model) -> dict[str, Any]:
     try:
         head = json.loads(path.read_text(encoding="utf-8"))
         known = {name: type(head[name]) for name in ("format", "model", "dim", "index")}
-    except (ValueError, TypeError, KeyError) as error:
+        known["photos"] = type(head.setdefault("photos", 0))  # an unfinished gallery has no number, nor an earlier one
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): build the gallery again") from None
-    if known != {"format": int, "model": str, "dim": int, "index": str} or head["format"] != FORMAT or head["dim"] < 1:
+    kinds = {"format": int, "model": str, "dim": int, "index": str, "photos": int}
+    if known != kinds or head["format"] != FORMAT:
         raise ValueError(f"{path} is no gallery of format {FORMAT}: build the gallery again")
     mine = model_fingerprint(model)
     if head["model"] != mine:
@@ -489,18 +511,20 @@ def _read_head(path: Path, model) -> dict[str, Any]:
             f"{path.parent} was built by model {head['model'][:12]} and this is model {mine[:12]}: features of two "
             "models cannot be compared; load the checkpoint that built it, or build another gallery"
         )
+    if head["dim"] != (width := _width(model)):
+        raise ValueError(
+            f"{path} is damaged: it gives the features' width as {head['dim']}, the model's is {width}: "
+            "build the gallery again"
+        )
     return head
 
 
 def _read_part(path: Path, dim: int) -> Shard:
-    """One part of a gallery's folder, checked: dtypes, shapes, counts, ids, unit vectors."""
+    """One part of a gallery's folder, checked: checksum, dtypes, shapes, counts, ids, unit vectors."""
     try:
-        arrays = load_file(path)
-        table = pyarrow.parquet.read_table(path.with_suffix(".parquet"), columns=["image_id", "path", "pid"])
-        photos = table.replace_schema_metadata(None).to_pandas()
-        photos = photos.astype({"image_id": np.int64, "path": "str", "pid": "Int64"})
-        features, ids = arrays["features"], arrays["image_id"]
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:  # pyarrow's errors are ValueErrors
+        features, ids = _part_arrays(path)
+        photos = _part_table(path.with_suffix(".parquet"))
+    except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} or its .parquet is damaged ({error}): delete both and build again") from None
     if features.dtype != np.float32 or features.shape != (len(photos), dim):
         raise ValueError(
@@ -509,5 +533,28 @@ def _read_part(path: Path, dim: int) -> Shard:
         )
     if not np.array_equal(ids, photos.image_id.to_numpy()) or photos.path.isna().any():
         raise ValueError(f"{path} and its .parquet name different photos: delete both and build again")
-    _check_finite(features, list(photos.path))
+    _check_finite(features, list(photos.path), f"{path} is damaged, delete it and build again")
     return photos, features
+
+
+def _part_arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """A part's features and ids, as they were written; parts of an earlier version have no checksum."""
+    if not path.is_file():
+        raise ValueError("it is no regular file")
+    with safe_open(path, "pt") as file:  # torch has names for all dtypes, numpy has not
+        arrays, metadata = {name: file.get_tensor(name) for name in ("features", "image_id")}, file.metadata() or {}
+    if CHECKSUM in metadata and checksum(arrays, metadata) != metadata[CHECKSUM]:
+        raise ValueError("its content has another checksum than when it was written")
+    if arrays["image_id"].dtype != torch.int64:
+        raise TypeError(f"its image_id is {arrays['image_id'].dtype}")
+    return arrays["features"].numpy(), arrays["image_id"].numpy()
+
+
+def _part_table(path: Path) -> DataFrame:
+    """A part's rows; a column of another dtype than was written is refused, since converting it may lose something."""
+    table = pyarrow.parquet.read_table(path, columns=["image_id", "path", "pid"])
+    for name, kind in zip(table.column_names, table.schema.types, strict=True):
+        text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+        if not (text if name == "path" else pyarrow.types.is_integer(kind)):
+            raise TypeError(f"its column {name} is {kind}")
+    return table.replace_schema_metadata(None).to_pandas().astype({"image_id": np.int64, "path": "str", "pid": "Int64"})

@@ -15,6 +15,8 @@ import torch
 from pandas import DataFrame
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file as save_torch
 from torch import nn
 
 import irra_core as irra
@@ -148,8 +150,9 @@ def test_files_whose_names_are_not_utf8_are_listed_and_the_others_searched(photo
     shares = [Gallery.build(model, folder, folder=tmp_path / "two", process=process, processes=2) for process in (0, 1)]
     assert [list(share.unreadable.path) for share in shares] == [listed[:1], listed[1:]]
     assert gallery.add(DataFrame({"path": [str(folder / "00.png"), "\ud83d.png"]}, dtype=object)) == 0
+    for path in folder.glob("[0-9]*.png"):
+        path.unlink()
     with pytest.raises(ValueError, match=r"2 unreadable; .*caf.udce9\.png: its name is not UTF-8"):
-        [path.unlink() for path in folder.glob("[0-9]*.png")]
         Gallery.build(model, folder)
 
 
@@ -303,6 +306,23 @@ def _arrays(**changes):
     return damage
 
 
+def _flip(folder):
+    path = folder / "part-00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-30 * 16 * 2] ^= 1  # the lowest byte of a feature in the middle: still a unit vector
+    path.write_bytes(content)
+
+
+def _table(**changes):
+    def damage(folder):
+        table = pd.read_parquet(folder / "part-00000.parquet")
+        table.assign(**{name: change(table[name]) for name, change in changes.items()}).to_parquet(
+            folder / "part-00000.parquet"
+        )
+
+    return damage
+
+
 def _head(**changes):
     def damage(folder):
         path = folder / "gallery.json"
@@ -324,8 +344,28 @@ DAMAGES = {
     "a head that is none": lambda folder: (folder / "gallery.json").write_text("[1, 2"),
     "a head without a model": lambda folder: (folder / "gallery.json").write_text('{"format": 1}'),
     "a head of a list": lambda folder: (folder / "gallery.json").write_text("[]"),
+    "a deeply nested head": lambda folder: (folder / "gallery.json").write_text("[" * 100_000),
     "another format": _head(format=2),
     "a huge width": _head(dim=10**9),
+    "a width beyond all integers": _head(dim=2**40, index="hnsw"),
+    "half the photos that it says": _head(photos=60),
+    "photos that are no number": _head(photos="30"),
+    "a part less": lambda folder: (folder / "part-00000.safetensors").unlink(),
+    "a pipe in a part's place": lambda folder: [
+        (folder / "part-00000.safetensors").unlink(),
+        os.mkfifo(folder / "part-00000.safetensors"),
+    ],
+    "one changed bit": _flip,
+    "features of eight bits": lambda folder: save_torch(
+        {name: a.to(torch.float8_e4m3fn) for name, a in load_torch(folder / "part-00000.safetensors").items()},
+        folder / "part-00000.safetensors",
+    ),
+    "ids that are no integers": _arrays(image_id=lambda a: a.astype(np.float64)),
+    "paths that are no text": _table(path=lambda column: range(len(column))),
+    "paths of lists": _table(path=lambda column: [["a"]] * len(column)),
+    "ids that are times": _table(image_id=pd.to_datetime),
+    "people that are no numbers": _table(pid=lambda column: ["x"] * len(column)),
+    "fractions of people": _table(pid=lambda column: [1.0] * len(column)),
     "an unknown index": _head(index="magic"),
     "the same part twice": lambda folder: [
         shutil.copy(folder / f"part-00000.{kind}", folder / f"part-00001.{kind}") for kind in ("safetensors", "parquet")
@@ -337,8 +377,32 @@ DAMAGES = {
 def test_a_damaged_gallery_is_refused(model, photos, tmp_path, damage):
     Gallery.build(model, photos).save(tmp_path / "gallery")
     damage(tmp_path / "gallery")
-    with pytest.raises(ValueError, match=r"gallery|index 'magic'"):
+    with pytest.raises(ValueError, match=r"/gallery|index 'magic'") as found:
         Gallery.load(tmp_path / "gallery", model)
+    assert "build" in str(found.value) or "index 'magic'" in str(found.value)
+
+
+def test_a_gallery_of_an_earlier_version_is_loaded(model, photos, tmp_path):
+    Gallery.build(model, photos).save(tmp_path / "gallery")
+    head = json.loads((tmp_path / "gallery" / HEAD).read_text())
+    del head["photos"]
+    (tmp_path / "gallery" / HEAD).write_text(json.dumps(head))
+    _arrays()(tmp_path / "gallery")  # written anew, without a checksum
+    same_ranking(Gallery.load(tmp_path / "gallery", model).search(QUERIES, 9), brute_force(model, photos, QUERIES, 9))
+
+
+@pytest.mark.parametrize("index", ["exact", "hnsw"])
+def test_a_deleted_part_is_missed_and_a_second_build_makes_it_again(model, photos, tmp_path, monkeypatch, index):
+    monkeypatch.setattr(retrieval, "SHARD", 8)
+    Gallery.build(model, photos, index=index, folder=tmp_path / "gallery")
+    (tmp_path / "gallery" / "part-00001.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"gallery has 22 of its 30 photos, a part is missing: .*Gallery\.build"):
+        Gallery.load(tmp_path / "gallery", model)
+    model.encoded = 0
+    Gallery.build(model, photos, index=index, folder=tmp_path / "gallery")
+    assert model.encoded == 8
+    loaded = Gallery.load(tmp_path / "gallery", model)
+    same_ranking(loaded.search(QUERIES, k=30), brute_force(model, photos, QUERIES, 30))
 
 
 class Interrupted:

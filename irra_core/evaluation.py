@@ -13,7 +13,7 @@ from pandas import DataFrame
 from torch import Tensor
 
 from irra_core.distributed import ALONE, Team
-from irra_core.images import image_array, normalise
+from irra_core.images import image_array, moved, normalise
 from irra_core.metrics import bootstrap_intervals, query_metrics_from_features
 from irra_core.text import VOCABULARY, tokenize, trim
 
@@ -182,7 +182,7 @@ def encode_images(
 
     def encode(start: int) -> Tensor:
         chunk = torch.from_numpy(np.array(pixels[start : start + batch_size]))
-        return model.encode_image(normalise(chunk.to(device)))
+        return model.encode_image(normalise(moved(chunk, device)))
 
     return _encoded(model, encode, len(pixels), batch_size, precision, progress, "photos")
 
@@ -197,29 +197,37 @@ def encode_texts(
 
     def encode(start: int) -> Tensor:
         (chunk,) = trim(tokens[order[start : start + batch_size]])
-        return model.encode_text(chunk.to(device))
+        return model.encode_text(moved(chunk, device))
 
     found = _encoded(model, encode, len(tokens), batch_size, precision, progress, "sentences")
     return torch.empty_like(found).index_copy_(0, order, found)[: len(captions)]
 
 
 def _encoded(model, encode, count: int, batch_size: int, precision: str, progress, unit: str) -> Tensor:
-    """All batches of one encoder, normalised; the model's training mode is restored."""
+    """All batches of one encoder, normalised; the model's training mode is restored.
+
+    A GPU is left to work: while it encodes one batch the next is read and sent, and the features stay there to the end.
+    """
+    device = next(model.parameters()).device
     training = model.training
     model.eval()
     bar = progress(total=count, unit=unit, leave=False) if progress else None
-    parts = []
+    parts, before = [], None
     try:
-        with torch.inference_mode(), autocast(next(model.parameters()).device, precision):
+        with torch.inference_mode(), autocast(device, precision):
             for start in range(0, max(count, 1), batch_size):  # of no rows, features of the right width
-                parts.append(F.normalize(encode(start).float(), dim=1).cpu())
+                parts.append(F.normalize(encode(start).float(), dim=1))
+                if device.type == "cuda":
+                    if before:
+                        before.synchronize()  # no more than one ahead: each batch on its way takes memory
+                    before = torch.cuda.current_stream(device).record_event()
                 if bar:
                     bar.update(len(parts[-1]))
     finally:
         model.train(training)
         if bar:
             bar.close()
-    return torch.cat(parts).clone()  # a tensor of its own, not of inference mode
+    return torch.cat(parts).cpu().clone()  # a tensor of its own, not of inference mode
 
 
 def computes_bf16(device: torch.device) -> bool:

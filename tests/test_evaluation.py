@@ -1,5 +1,6 @@
 """Evaluation: the scores of a table of features, their intervals, and what a reader sees of them."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,25 @@ def test_of_nothing_there_are_features_of_the_right_width(model):
     none = np.zeros((0, 3, *model.image_size), dtype=np.uint8)
     width = encode_texts(model, ["a person"]).shape[1]
     assert encode_texts(model, []).shape == encode_images(model, none).shape == (0, width)
+
+
+def test_features_leave_their_device_once_however_many_batches_they_came_in(model, monkeypatch):
+    photos = np.random.default_rng(0).integers(0, 256, (5, 3, *model.image_size), np.uint8)
+    cpu, left = torch.Tensor.cpu, []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: left.append(len(tensor)) or cpu(tensor))
+    encode_images(model, photos, batch_size=2)
+    encode_texts(model, ["a man", "a woman in red", "a dog"], batch_size=1)
+    assert left == [5, 3]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_features_from_the_gpu_are_the_cpus_in_order(model):
+    photos = np.random.default_rng(0).integers(0, 256, (300, 3, *model.image_size), np.uint8)
+    captions = [f"a person {'in a red coat ' * (n % 7)}{n}" for n in range(300)]
+    near = copy.deepcopy(model).cuda()
+    for encode, given in ((encode_images, photos), (encode_texts, captions)):
+        found = encode(near, given, batch_size=16, precision="fp32")
+        assert torch.allclose(found, encode(model, given, batch_size=16), atol=1e-3)
 
 
 def test_encoding_leaves_the_model_as_it_was(model, annotations):

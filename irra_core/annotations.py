@@ -24,6 +24,7 @@ SPLITS = ("train", "val", "test")
 PATH_FIELDS = ("file_path", "img_path")  # CUHK-PEDES and ICFG-PEDES write the first, RSTPReid the second
 RECORD = '{"split": "train", "captions": ["…"], "file_path" or "img_path": "…", "id": 1}'
 COLUMNS = ("path", "caption", "id", "split")  # of a CSV or Parquet file; the last is optional
+SHOWN = 20  # bad records that one error names
 SAMPLE = 8  # images looked for at load; check_annotations and the image array look for all
 
 
@@ -76,13 +77,17 @@ PUBLISHED_COUNTS: dict[str, dict[str, dict[str, int]]] = {
 
 
 class _Rows(NamedTuple):
-    """The columns of an annotation file, one entry a caption, not yet checked against each other."""
+    """The columns of an annotation file, one entry a caption, not yet checked against each other.
+
+    `faults` is record → the first thing that is wrong with it: all bad records are told at once.
+    """
 
     records: list[int]  # the record of each row, counted from 1
     ids: list[Any]
     names: list[str]  # of the images, as the file writes them
     captions: list[str]
     splits: list[str | None]
+    faults: dict[int, str]
 
 
 def load_annotations(
@@ -101,20 +106,22 @@ def load_annotations(
     looks for all.
 
     Raises FileNotFoundError where the data are missing and ValueError for a malformed file; each names file, record
-    (counted from 1), field, value and remedy.
+    (counted from 1), field, value and remedy; of several bad records the first SHOWN, and how many more there are.
     """
     file, folders = _find(str(dataset), root)
     rows = _read(file)
-    _check_text(file, rows)
+    _check_text(rows)
     paths = _locate(file, rows, folders, str(dataset), root)
-    pids = _number(file, rows)
+    pids = _number(rows)
+    splits = _splits(file, rows, pids, None if str(dataset) in DATA_SETS else seed)
+    _refuse(file, rows)
     table = DataFrame(
         {
             "pid": pids,
             "image_id": pd.factorize(np.array(paths, dtype=object))[0].astype(np.int64),
             "path": paths,
             "caption": rows.captions,
-            "split": _splits(file, rows, pids, None if str(dataset) in DATA_SETS else seed),
+            "split": splits,
         }
     )
     return table if identities is None else _fewer(table, identities)
@@ -171,30 +178,46 @@ def _read(file: Path) -> _Rows:
     Other fields and columns are left alone.
     """
     readers = {".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
-    rows = _Rows([], [], [], [], [])
+    rows = _Rows([], [], [], [], [], {})
     for number, record in enumerate(readers[file.suffix.lower()](file), start=1):
-        if not isinstance(record, dict):
-            raise _bad(file, number, f"is {_shown(record)}: expected is {RECORD}")
-        if file.suffix.lower() == ".json":
-            name = _image_name(file, number, record)
-            captions = _field(file, number, record, "captions", list, "a list of sentences")
-        else:
-            name = _field(file, number, record, "path", str, "the path of an image")
-            captions = [_field(file, number, record, "caption", str, "a sentence")]
-        if not captions:
-            raise _bad(file, number, "captions is empty: write at least one sentence, or drop the record")
-        split = None
-        if record.get("split", "") != "":
-            split = _field(file, number, record, "split", str, "train, val or test")
-        pid = _field(file, number, record, "id", (int, str), "an integer or a text")
+        try:
+            name, captions, split, pid = _record(record, file.suffix.lower())
+        except ValueError as error:
+            rows.faults[number] = str(error)
+            continue
         rows.records.extend([number] * len(captions))
         rows.ids.extend([pid] * len(captions))
         rows.names.extend([name] * len(captions))
         rows.captions.extend(captions)
         rows.splits.extend([split] * len(captions))
     if not rows.records:
+        _refuse(file, rows)
         raise ValueError(f"{_short(file)} has no records: expected is at least one {RECORD}")
     return rows
+
+
+def _record(record: Any, suffix: str) -> tuple[str, list[str], str | None, int | str]:
+    """A record's image name, captions, split and id, each of its type. Raises ValueError, without file and number."""
+    if not isinstance(record, dict):
+        raise ValueError(f"is {_shown(record)}: expected is {RECORD}")
+    if suffix == ".csv" and (None in record or None in record.values()):  # csv's mark of too many, and too few, cells
+        wrong = "more" if None in record else "fewer"
+        raise ValueError(f"has {wrong} cells than the first line: write a sentence with commas in double quotes")
+    if suffix == ".json":
+        name = _image_name(record)
+        captions = _field(record, "captions", list, "a list of sentences")
+    else:
+        name = _field(record, "path", str, "the path of an image")
+        captions = [_field(record, "caption", str, "a sentence")]
+    if not captions:
+        raise ValueError("captions is empty: write at least one sentence, or drop the record")
+    for caption in captions:
+        if not isinstance(caption, str):
+            raise ValueError(f"caption is {_shown(caption)}: expected is a text")
+    split = None
+    if record.get("split", "") != "":
+        split = _field(record, "split", str, "train, val or test")
+    return name, captions, split, _field(record, "id", (int, str), "an integer or a text")
 
 
 def _read_json(file: Path) -> list:
@@ -216,19 +239,12 @@ def _read_csv(file: Path) -> list[dict]:
     reader = csv.DictReader(io.StringIO(_read_text(file), newline=""), strict=True)
     try:
         _check_columns(file, reader.fieldnames or [])
-        records = list(reader)
+        return list(reader)
     except csv.Error as error:
         raise ValueError(
             f"{_short(file)}, after line {reader.line_num}: {error}: write a sentence in double quotes, and double "
             "the quotes inside"
         ) from None
-    for number, record in enumerate(records, start=1):
-        if None in record or None in record.values():  # how csv marks cells that are too many, and too few
-            wrong = "more" if None in record else "fewer"
-            raise _bad(
-                file, number, f"has {wrong} cells than the first line: write a sentence with commas in double quotes"
-            )
-    return records
 
 
 def _read_parquet(file: Path) -> list[dict]:
@@ -266,46 +282,39 @@ def _check_columns(file: Path, columns: Iterable[str]) -> None:
             )
 
 
-def _image_name(file: Path, number: int, record: dict) -> str:
+def _image_name(record: dict) -> str:
     """The image's path as the record writes it, under either official name of the field."""
     present = [field for field in PATH_FIELDS if field in record]
     if len(present) == 2 and record["file_path"] != record["img_path"]:
-        raise _bad(file, number, "file_path and img_path differ: keep the one that names the image")
-    return _field(file, number, record, present[0] if present else "file_path", str, "the path of an image")
+        raise ValueError("file_path and img_path differ: keep the one that names the image")
+    return _field(record, present[0] if present else "file_path", str, "the path of an image")
 
 
-def _field(file: Path, number: int, record: dict, field: str, types: type | tuple[type, ...], expected: str) -> Any:
-    """The field's value, or an error that names file, record, field, value and what is expected."""
+def _field(record: dict, field: str, types: type | tuple[type, ...], expected: str) -> Any:
+    """The field's value, or an error that names field, value and what is expected."""
     if field not in record:
         near = difflib.get_close_matches(field, map(str, record), n=1)
         hint = f"is it {near[0]!r}? " if near else ""
         also = " (or img_path)" if field == "file_path" else ""
-        raise _bad(file, number, f"field {field!r}{also} is missing: {hint}expected is {RECORD}")
+        raise ValueError(f"field {field!r}{also} is missing: {hint}expected is {RECORD}")
     value = record[field]
     if not isinstance(value, types) or isinstance(value, bool):
-        raise _bad(file, number, f"{field} is {_shown(value)}: expected is {expected}")
+        raise ValueError(f"{field} is {_shown(value)}: expected is {expected}")
     return value
 
 
-def _check_text(file: Path, rows: _Rows) -> None:
-    """Refuse captions and image paths that are no text: of another type, with NUL or with half a surrogate pair."""
+def _check_text(rows: _Rows) -> None:
+    """Find captions and image paths that are no text: with NUL or with half a surrogate pair."""
     for field, values in (("caption", rows.captions), ("path", rows.names)):
-        try:
-            joined = "".join(values)
-            joined.encode("utf-8")
-            if "\0" not in joined:
-                continue
-        except (TypeError, UnicodeEncodeError):
-            pass
+        if not re.search("[\0\ud800-\udfff]", "".join(values)):
+            continue
         for number, value in zip(rows.records, values, strict=True):
-            if not isinstance(value, str):
-                raise _bad(file, number, f"{field} is {_shown(value)}: expected is a text")
             if "\0" in value or re.search("[\ud800-\udfff]", value):
                 what = "a NUL character" if "\0" in value else "half a surrogate pair"
-                raise _bad(file, number, f"{field} {_shown(value)} holds {what}: write it again without")
+                rows.faults.setdefault(number, f"{field} {_shown(value)} holds {what}: write it again without")
 
 
-def _locate(file: Path, rows: _Rows, folders: list[Path], dataset: str, root: str | Path | None) -> list[str]:
+def _locate(file: Path, rows: _Rows, folders: list[Path], dataset: str, root: str | Path | None) -> list[str | None]:
     """The absolute path of each row's image, under the first of the folders that holds some of the images."""
     names = list(dict.fromkeys(rows.names))
     sample = names[:: max(1, len(names) // SAMPLE)][:SAMPLE]
@@ -315,14 +324,11 @@ def _locate(file: Path, rows: _Rows, folders: list[Path], dataset: str, root: st
     placed = {name: _inside(base, name) for name in names}
     for number, name in zip(rows.records, rows.names, strict=True):
         if placed[name] is None:
-            raise _bad(
-                file,
-                number,
-                f"path {_shown(name)} names no file inside {base}: write it relative to that folder, and keep the "
-                "images in it",
-            )
+            what = f"path {_shown(name)} names no file inside {base}: write it relative to that folder, and keep the "
+            rows.faults.setdefault(number, what + "images in it")
     if found:
         return [placed[name] for name in rows.names]
+    _refuse(file, rows)
     what = f"none of the first images is there, as {placed[sample[0]]} (record {rows.records[0]})"
     if dataset in DATA_SETS:
         raise _missing(dataset, root, what)
@@ -338,26 +344,27 @@ def _inside(base: str, name: str) -> str | None:
     return None if re.match("[A-Za-z]:/", name) or not path.startswith(base.rstrip(os.sep) + os.sep) else path
 
 
-def _number(file: Path, rows: _Rows) -> np.ndarray:
+def _number(rows: _Rows) -> np.ndarray:
     """The pid of each row: the file's own integers, or, where an id is none, all numbered by first appearance."""
     texts = [str(value).strip() for value in rows.ids]
     for number, text in zip(rows.records, texts, strict=True):
         if not text:
-            raise _bad(file, number, "id is empty: write an integer or a text")
+            rows.faults.setdefault(number, "id is empty: write an integer or a text")
     if all(re.fullmatch("-?[0-9]{1,18}", text) for text in dict.fromkeys(texts)):  # 18 digits fit into 64 bits
         return np.array([int(text) for text in texts], dtype=np.int64)
     return pd.factorize(np.array(texts, dtype=object))[0].astype(np.int64)
 
 
-def _splits(file: Path, rows: _Rows, pids: np.ndarray, seed: int | None) -> list[str]:
+def _splits(file: Path, rows: _Rows, pids: np.ndarray, seed: int | None) -> list[str | None]:
     """The split of each row: the file's own, or, where own data have none at all, 5:1:2 of the identities by seed."""
     if seed is not None and all(split is None for split in rows.splits):
+        _refuse(file, rows)
         return _split_identities(file, pids, seed)
     for number, split in zip(rows.records, rows.splits, strict=True):
         if split is None:
-            raise _bad(file, number, "field 'split' is missing: write it in every record (own data: or in none)")
-        if split not in SPLITS:
-            raise _bad(file, number, str(unknown("split", split, SPLITS)))
+            rows.faults.setdefault(number, "field 'split' is missing: write it in every record (own data: or in none)")
+        elif split not in SPLITS:
+            rows.faults.setdefault(number, str(unknown("split", split, SPLITS)))
     return rows.splits
 
 
@@ -556,9 +563,14 @@ def _common_folder(paths: list[str]) -> str:
     return os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
 
 
-def _bad(file: Path, number: int, what: str) -> ValueError:
-    """The error for one record of an annotation file, counted from 1."""
-    return ValueError(f"{_short(file)}, record {number}: {what}")
+def _refuse(file: Path, rows: _Rows) -> None:
+    """Raise the one error for all bad records of an annotation file, if there are any."""
+    if not rows.faults:
+        return
+    faults = [f"record {number}: {rows.faults[number]}" for number in sorted(rows.faults)]
+    shown = "\n  ".join(faults[:SHOWN])
+    more = f"\n  … and {len(faults) - SHOWN:,} more records" if len(faults) > SHOWN else ""
+    raise ValueError(f"{_short(file)}, {shown}{more}")
 
 
 def _short(file: Path) -> str:

@@ -349,6 +349,41 @@ def test_a_bad_record_is_refused_by_file_number_field_and_value(case, tmp_path):
         load_annotations(own(tmp_path, content))
 
 
+def test_all_bad_records_are_refused_at_once_each_with_its_first_fault(tmp_path):
+    content = people(12, split="test")
+    changes = {
+        1: {"split": "tset", "id": " "},
+        3: {"captions": "a man"},
+        4: {"captions": ["a\0b"]},
+        6: {"file_path": "../x.png"},
+        8: {"id": None},
+    }
+    for place, change in changes.items():
+        content[place] |= change
+    with pytest.raises(ValueError, match=r"/own\.json, record 2: ") as error:
+        load_annotations(own(tmp_path, content))
+    lines = str(error.value).splitlines()
+    assert [line.split(":")[0].split()[-1] for line in lines] == ["2", "4", "5", "7", "9"]
+    for line, words in zip(lines, ("id is empty", "expected is a list", "NUL", "names no file inside", "id is None")):
+        assert words in line
+
+
+def test_of_many_bad_records_twenty_are_named_and_the_others_counted(tmp_path):
+    content = [record | {"split": "test" if place < 5 else "tset"} for place, record in enumerate(people(12) * 3)]
+    with pytest.raises(ValueError, match=r"record 6: split 'tset'") as error:
+        load_annotations(own(tmp_path, content))
+    lines = str(error.value).splitlines()
+    assert len(lines) == 21
+    assert lines[19].startswith("  record 25: ")
+    assert lines[20] == "  … and 11 more records"
+
+
+def test_bad_rows_of_a_csv_are_refused_at_once(tmp_path):
+    text = "path,caption,id,split\na.png,a man, tall,1,test\nb.png,a man,1,test\nc.png,a man\nd.png,x,,test\n"
+    with pytest.raises(ValueError, match=r"record 1: has more (?s:.*)record 3: has fewer (?s:.*)record 4: id is empty"):
+        load_annotations(own(tmp_path, text, "own.csv"))
+
+
 BAD_TABLES = {
     "no column caption": ("path,id\na.png,1\n", "column 'caption' is missing: it has .*'path', 'id'"),
     "semicolons": ("path;caption;id\na.png;a man;1\n", "column 'path' is missing.*separated by commas"),

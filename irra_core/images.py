@@ -41,6 +41,7 @@ VERSION = 1  # of what decoding does to a picture: arrays of another version are
 GROUP = 8  # images that a thread takes at once: handing over single ones costs 5 % of the time
 MOST_UNREADABLE = 0.01  # of a data set's photos; with more, a run does not begin
 WAITING = 4  # groups a core that may wait for their reader: little memory, and no core waits for another
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # what flock says where there are none
 SYNC_BYTES = 2**24  # written through to the disk at once, while the cores decode on: the end then waits for little
 
 
@@ -120,9 +121,18 @@ def image_array(paths: Iterable[str | Path], height: int, width: int, progress: 
         raise OSError(
             error.errno,
             f"an image array of {math.prod(shape):,} bytes cannot be made in {array.parent} ({error.strerror}): "
-            "make room or grant access there, or set IRRA_CACHE to a folder on a local disk",
+            f"{_remedy(error, _partial(array))}",
         ) from error
     return found
+
+
+def _remedy(error: OSError, partial: Path) -> str:
+    """What to do where an array cannot be made."""
+    if error.errno == errno.ELOOP:
+        return f"delete {partial.name} there if it is a link, which is not followed"
+    if error.errno in NO_LOCKS:
+        return "its file system has no locks: set IRRA_CACHE to a folder on a local disk"
+    return "make room or grant access there, or set IRRA_CACHE to a folder on a local disk"
 
 
 def _unreadable(
@@ -176,10 +186,17 @@ def _clear_abandoned(folder: Path, except_for: Path) -> None:
 
 
 def _lock(partial: Path, wait: bool) -> BinaryIO | None:
-    """The open file, locked until it is closed or this process dies; None if it is not to be had under this name."""
+    """The open file, locked until it is closed or this process dies; None if it is not to be had under this name.
+
+    Without `wait` it is another array's: a file that cannot be opened or locked, such as a link, is left to whoever
+    wants that array.
+    """
+    flags = os.O_RDWR | os.O_NOFOLLOW | (os.O_CREAT if wait else 0)  # through a link, its target would be overwritten
     try:
-        file = os.fdopen(os.open(partial, os.O_RDWR | (os.O_CREAT if wait else 0), 0o666), "r+b")
-    except FileNotFoundError:
+        file = os.fdopen(os.open(partial, flags, 0o666), "r+b")
+    except OSError as error:
+        if wait and not isinstance(error, FileNotFoundError):  # the folder has just been deleted: the caller makes it
+            raise
         return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -187,9 +204,11 @@ def _lock(partial: Path, wait: bool) -> BinaryIO | None:
             return file
     except (BlockingIOError, FileNotFoundError):
         pass
-    except BaseException:
+    except BaseException as error:
         file.close()
-        raise
+        if wait or not isinstance(error, OSError):
+            raise
+        return None
     file.close()
     return None
 

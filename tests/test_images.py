@@ -490,6 +490,32 @@ def test_a_build_that_took_over_from_a_killed_one_starts_from_nothing(tmp_path, 
     assert array.stat().st_size == np.load(array, mmap_mode="r").offset + expected.pixels.nbytes
 
 
+def test_no_array_is_written_through_a_link_in_its_place_or_beside_it(tmp_path, cache):
+    paths, others = photos(tmp_path / "one"), photos(tmp_path / "two")
+    image_array(paths, HEIGHT, WIDTH)
+    array = next(cache.glob("*.npy"))
+    array.unlink()
+    target = tmp_path / "precious"
+    target.write_text("precious")
+    array.with_suffix(".partial").symlink_to(target)
+    with pytest.raises(OSError, match=rf"cannot be made in {cache} .*delete {array.stem}\.partial there") as error:
+        image_array(paths, HEIGHT, WIDTH)
+    assert error.value.errno == errno.ELOOP
+    assert image_array(others, HEIGHT, WIDTH).pixels.shape == (5, 3, HEIGHT, WIDTH)
+    assert array.with_suffix(".partial").is_symlink()
+    assert target.read_text() == "precious"
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_named_with_the_way_out(tmp_path, cache, monkeypatch, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(module.fcntl, "flock", flock)
+    with pytest.raises(OSError, match=rf"cannot be made in {cache} .*no locks: set IRRA_CACHE to .* local disk"):
+        image_array(photos(tmp_path), HEIGHT, WIDTH)
+
+
 def test_a_full_disk_is_named_before_anything_is_decoded(tmp_path, cache, monkeypatch):
     paths = photos(tmp_path)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: type("usage", (), {"free": 100}))

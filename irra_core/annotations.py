@@ -237,6 +237,7 @@ def _read_json(file: Path) -> list:
 def _read_csv(file: Path) -> list[dict]:
     """The records of a CSV file. pandas would shift or drop the cells of a row that has too many."""
     reader = csv.DictReader(io.StringIO(_read_text(file), newline=""), strict=True)
+    limit = csv.field_size_limit(2**31 - 1)  # the usual one, 131,072 letters a cell, is smaller than some captions
     try:
         _check_columns(file, reader.fieldnames or [])
         return list(reader)
@@ -245,6 +246,8 @@ def _read_csv(file: Path) -> list[dict]:
             f"{_short(file)}, after line {reader.line_num}: {error}: write a sentence in double quotes, and double "
             "the quotes inside"
         ) from None
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _read_parquet(file: Path) -> list[dict]:
@@ -273,11 +276,17 @@ def _read_text(file: Path) -> str:
 
 
 def _check_columns(file: Path, columns: Iterable[str]) -> None:
-    """Refuse a table without one of the columns that it needs."""
+    """Refuse a table without one of the columns that it needs, or with two of a name that is read."""
+    columns = list(columns)
+    for column in COLUMNS:
+        if columns.count(column) > 1:
+            raise ValueError(
+                f"{_short(file)}: column {column!r} is there {columns.count(column)} times: keep the one that counts"
+            )
     for column in COLUMNS[:3]:
         if column not in columns:
             raise ValueError(
-                f"{_short(file)}: column {column!r} is missing: it has {_shown(list(columns))}; expected are "
+                f"{_short(file)}: column {column!r} is missing: it has {_shown(columns)}; expected are "
                 "path, caption, id and, if you like, split (in a CSV file separated by commas)"
             )
 

@@ -386,6 +386,7 @@ def test_bad_rows_of_a_csv_are_refused_at_once(tmp_path):
 
 BAD_TABLES = {
     "no column caption": ("path,id\na.png,1\n", "column 'caption' is missing: it has .*'path', 'id'"),
+    "a column twice": ("path,caption,id,split,split\na.png,x,1,test,train\n", "column 'split' is there 2 times"),
     "semicolons": ("path;caption;id\na.png;a man;1\n", "column 'path' is missing.*separated by commas"),
     "a comma too many": ("path,caption,id\na.png,a man, tall,1\n", "record 1: has more cells"),
     "a cell too few": ("path,caption,id\na.png,a man,1\nb.png,a man\n", "record 2: has fewer cells"),
@@ -404,6 +405,13 @@ def test_a_damaged_csv_file_is_refused_by_name(case, tmp_path):
     content, message = BAD_TABLES[case]
     with pytest.raises(ValueError, match=rf"(?s)/own\.csv.*{message}"):
         load_annotations(own(tmp_path, content, "own.csv"))
+
+
+def test_a_csv_caption_of_two_hundred_thousand_letters_is_read_and_the_limit_of_others_stays(tmp_path):
+    limit = csv.field_size_limit()
+    text = "path,caption,id,split\n" + "".join(f"{x}.png,{'word ' * 40_000},{x},test\n" for x in "abc")
+    assert load_annotations(own(tmp_path, text, "own.csv"))["caption"].str.len().tolist() == [200_000] * 3
+    assert csv.field_size_limit() == limit
 
 
 def test_a_damaged_parquet_file_is_refused_by_name(tmp_path):

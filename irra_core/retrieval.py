@@ -372,13 +372,18 @@ def _photo_table(images: DataFrame | str | Path) -> tuple[DataFrame, list[tuple[
         images = DataFrame({"path": _photo_files(Path(images))}, dtype=object)
     elif "path" not in images:
         raise ValueError(f"the table has no column 'path', only {', '.join(map(str, images.columns))}")
+    for place, path in enumerate(images.path):
+        if not isinstance(path, str | Path):
+            raise ValueError(f"row {place} of the table has path {path!r}: accepted are paths as text")
     named = images.path.map(_is_utf8).astype(bool)
     escaped = (os.fspath(path).encode("utf-8", "backslashreplace").decode() for path in images.path[~named])
     misnamed = [(path, "its name is not UTF-8: rename the file") for path in escaped]
     images = images[named]
-    photos = DataFrame({"path": images.path.astype("str")})
-    photos["image_id"] = images.image_id.astype(np.int64) if "image_id" in images else photos.path.map(_photo_id)
-    photos["pid"] = images.pid.astype("Int64") if "pid" in images else pd.array([pd.NA] * len(photos), "Int64")
+    photos = DataFrame({"path": images.path.map(os.fspath).astype("str")})
+    photos["image_id"] = _whole_numbers(images.image_id) if "image_id" in images else photos.path.map(_photo_id)
+    if photos.image_id.isna().any():
+        raise ValueError(f"{photos.path[photos.image_id.isna()].iloc[0]} has no image_id: give each photo a number")
+    photos["pid"] = _whole_numbers(images.pid) if "pid" in images else pd.array([pd.NA] * len(photos), "Int64")
     photos = photos.drop_duplicates(["image_id", "path"]).reset_index(drop=True)
     if photos.image_id.duplicated().any():
         twice = photos[photos.image_id == photos.image_id[photos.image_id.duplicated()].iloc[0]]
@@ -386,6 +391,23 @@ def _photo_table(images: DataFrame | str | Path) -> tuple[DataFrame, list[tuple[
             f"image_id {twice.image_id.iloc[0]} has two photos, {' and '.join(twice.path[:2])}: rename one"
         )
     return photos[["image_id", "path", "pid"]].astype({"image_id": np.int64}), misnamed
+
+
+def _whole_numbers(column: pd.Series) -> pd.Series:
+    """The column as Int64, <NA> where it is empty; nothing is rounded."""
+    try:
+        return column.astype("Int64")
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"column {column.name!r} of the table has other values than whole numbers, such as "
+            f"{_first_unwhole(column)!r}: number the {'people' if column.name == 'pid' else 'photos'} from 0"
+        ) from error
+
+
+def _first_unwhole(column: pd.Series) -> Any:
+    """The first value that is no whole number."""
+    whole = [pd.isna(value) or (isinstance(value, float | int | np.number) and value == value // 1) for value in column]
+    return next((value for value, is_whole in zip(column, whole, strict=True) if not is_whole), column.iloc[0])
 
 
 def _is_utf8(path: str | Path) -> bool:

@@ -156,6 +156,28 @@ def test_files_whose_names_are_not_utf8_are_listed_and_the_others_searched(photo
         Gallery.build(model, folder)
 
 
+@pytest.mark.parametrize(
+    ("column", "values", "words"),
+    [
+        ("image_id", [1.0, 1.5], r"column 'image_id' .* such as 1\.5: number the photos"),
+        ("image_id", ["1", "b"], r"column 'image_id' .* such as "),
+        ("image_id", [1.0, np.nan], r"01\.png has no image_id"),
+        ("pid", [0.5, np.nan], r"column 'pid' .* such as 0\.5: number the people"),
+        ("pid", ["p1", None], r"column 'pid' .* such as 'p1'"),
+        ("path", [3, "a.png"], "row 0 of the table has path 3"),
+        ("path", ["a.png", None], "row 1 of the table has path (nan|None)"),
+    ],
+)
+def test_a_table_whose_values_would_be_changed_is_refused(model, photos, column, values, words):
+    table = photos.drop_duplicates("image_id")[:2][["image_id", "path", "pid"]].reset_index(drop=True)
+    with pytest.raises(ValueError, match=words):
+        Gallery.build(model, table.assign(**{column: values}))
+    whole = table.assign(image_id=[4.0, 9.0], pid=[np.nan, 2.0], path=[Path(path) for path in table.path])
+    found = Gallery.build(model, whole).images
+    assert (list(found.image_id), list(found.path), found.pid[1]) == ([4, 9], list(table.path), 2)
+    assert found.pid.isna().tolist() == [True, False]
+
+
 def test_half_a_character_of_a_sentence_is_a_question_mark(model, photos):
     gallery = Gallery.build(model, photos)
     found = gallery.search(["a \ud83d man", "a man"], k=3)

@@ -6,7 +6,9 @@ import importlib.resources
 import io
 import os
 import re
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -29,7 +31,10 @@ EXECUTED = (".html", ".ipynb")
 
 
 class Entry(NamedTuple):
-    """One line of the leaderboard: the runs of one recipe on the same data, a seed each."""
+    """One line of the leaderboard: the runs of one recipe on the same data, a seed each.
+
+    `cells` are the line's, as HTML, and `curves` its learning curves.
+    """
 
     dataset: str
     name: str
@@ -37,6 +42,8 @@ class Entry(NamedTuple):
     recipe: Recipe
     scores: dict[str, Interval]
     example: bool
+    cells: dict[str, str]
+    curves: str
 
 
 def write_report(root: str | Path | None = None) -> Path:
@@ -54,16 +61,21 @@ def write_report(root: str | Path | None = None) -> Path:
 def page(base: Path) -> str:
     """The whole page as text."""
     table = runs.collect(base)
-    shown = entries(table, base)
+    left_out = dict(table.attrs["broken"])
+    shown = entries(table, base, left_out)
     names = list(dict.fromkeys(entry.dataset for entry in shown))
     only = sorted(set(runs.published().query("table == 'results'").dataset) - set(names))
     folders = _studies(base)
+    studies = []
+    for folder in folders:
+        with _or_left_out([folder], left_out):
+            studies.append(_study(folder, base))
     notebooks = _other_notebooks(base, [folder for entry in shown for folder in entry.folders] + folders)
-    sections = [(f"data-{name}", name, _dataset(name, [e for e in shown if e.dataset == name], base)) for name in names]
-    sections += [("studies", "Studies", "".join(_study(folder, base) for folder in folders))] if folders else []
+    sections = [(f"data-{name}", name, _dataset(name, [e for e in shown if e.dataset == name])) for name in names]
+    sections += [("studies", "Studies", "".join(studies))] if studies else []
     sections += [("notebooks", "Executed notebooks", notebooks)] if notebooks else []
-    sections += [("broken", "Left out", _broken(table.attrs["broken"]))] if table.attrs["broken"] else []
-    sections += [(f"data-{name}", name, _dataset(name, [], base)) for name in only]
+    sections += [("broken", "Left out", _broken(left_out))] if left_out else []
+    sections += [(f"data-{name}", name, _dataset(name, [])) for name in only]
     count = sum(len(entry.folders) for entry in shown)
     style = importlib.resources.files("irra_core").joinpath("report.css").read_text(encoding="utf-8")
     links = "".join(f'<a href="#{_text(anchor)}">{_text(title)}</a>' for anchor, title, _ in sections)
@@ -72,7 +84,7 @@ def page(base: Path) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>irra-core: results</title><style>{style}</style></head><body><main>
 <h1>Results</h1>
-<p>{_count(count, "finished run")} and {_count(len(folders), "study", "studies")}. Scores are on test, text to image, in
+<p>{_count(count, "finished run")} and {_count(len(studies), "study", "studies")}. Scores are on test, text to image, in
 per cent; below each its 95&nbsp;% interval, from resampling people and, where there are several, seeds. Two rows whose
 intervals overlap may still differ: the studies compare in pairs. Published scores come without intervals.</p>
 <nav>{links}</nav>{body}
@@ -82,8 +94,23 @@ show that the method works, not how well it does on real people.</footer>
 """
 
 
-def entries(table: DataFrame, base: Path) -> list[Entry]:
-    """The leaderboard's lines from the table of all runs, the best R@1 first; only the seed differs within a line."""
+@contextmanager
+def _or_left_out(folders: list[Path], left_out: dict[str, str]) -> Iterator[None]:
+    """Whatever these folders hold, it costs the page no more than themselves: the reason goes to `left_out`."""
+    try:
+        yield
+    except Exception as error:  # damaged files make pandas and matplotlib raise almost anything
+        reason = f"{type(error).__name__}: {error}"
+        for folder in folders:
+            left_out[str(folder)] = f"{folder} cannot be shown ({reason}): copy it again, or remove it and run it again"
+            warnings.warn(f"left out of the page: {left_out[str(folder)]}", stacklevel=3)
+
+
+def entries(table: DataFrame, base: Path, left_out: dict[str, str]) -> list[Entry]:
+    """The leaderboard's lines from the table of all runs, the best R@1 first; only the seed differs within a line.
+
+    Folders that cannot be shown are added to `left_out`: path → reason.
+    """
     groups: dict[tuple, list[tuple[Path, dict[str, Any]]]] = {}
     for path in map(Path, table.path if len(table) else ()):
         place = path.relative_to(base).parts
@@ -92,12 +119,20 @@ def entries(table: DataFrame, base: Path) -> list[Entry]:
             key = (place[0] == "example", run["recipe"].replace(seed=0), run["data"])
             groups.setdefault(key, []).append((path, run))
     found = []
-    for (example, recipe, _), kept in groups.items():
+    for (example, _, _), kept in groups.items():
         kept = sorted(kept, key=lambda pair: pair[1]["recipe"].seed)
-        dataset = recipe.dataset if recipe.dataset in RECIPES else kept[0][0].parent.name
         folders = [path for path, _ in kept]
-        found.append(Entry(dataset, _name(folders[0], base), folders, recipe, _scores(kept), example))
+        with _or_left_out(folders, left_out):
+            found.append(_entry(kept, example, base))
     return sorted(found, key=lambda entry: (entry.dataset, -entry.scores.get("R1", (-1.0,))[0]))
+
+
+def _entry(kept: list[tuple[Path, dict[str, Any]]], example: bool, base: Path) -> Entry:
+    """The line of the runs of one recipe."""
+    folders, recipe = [path for path, _ in kept], kept[0][1]["recipe"]
+    dataset = recipe.dataset if recipe.dataset in RECIPES else folders[0].parent.name
+    entry = Entry(dataset, _name(folders[0], base), folders, recipe, _scores(kept), example, {}, "")
+    return entry._replace(cells=_line(entry, base), curves=_curves(entry))
 
 
 def _name(path: Path, base: Path) -> str:
@@ -126,9 +161,9 @@ def _scores(kept: list[tuple[Path, dict[str, Any]]]) -> dict[str, Interval]:
     return found
 
 
-def _dataset(name: str, shown: list[Entry], base: Path) -> str:
+def _dataset(name: str, shown: list[Entry]) -> str:
     """One data set: its leaderboard and the learning curves of its runs."""
-    rows = [(entry.scores.get("R1", (-1.0,))[0], _line(entry, base)) for entry in shown]
+    rows = [(entry.scores.get("R1", (-1.0,))[0], entry.cells) for entry in shown]
     published = runs.published()
     published = published[(published.table == "results") & (published.dataset == name)]
     published = published.groupby(["method", *METRICS], as_index=False, sort=False)["source"].agg(", ".join)
@@ -137,7 +172,7 @@ def _dataset(name: str, shown: list[Entry], base: Path) -> str:
     board = f'<div class="card">{_html(table)}</div>' if len(table) else ""
     if not shown:
         return f'<p class="quiet">Not run here: only what is published.</p>{board}'
-    curves = "".join(_curves(entry) for entry in shown)
+    curves = "".join(entry.curves for entry in shown)
     return f'{board}<div class="card"><h3>Learning curves</h3>{curves}</div>'
 
 
@@ -148,6 +183,8 @@ def _line(entry: Entry, base: Path) -> dict[str, str]:
         marks.append('<span class="badge warn">selected on test: not comparable</span>')
     if not entry.scores:
         marks.append('<span class="badge">no test split</span>')
+    if unreadable := max(runs.load_run(folder)["metrics"].get("unreadable_images", 0) for folder in entry.folders):
+        marks.append(f'<span class="badge warn">{_count(unreadable, "unreadable photo")} left out</span>')
     seeds = len(entry.folders)
     told = f"{entry.recipe.losses}, {_count(seeds, 'seed')}"
     name = f"{_text(entry.name)}<small class='quiet'>{_text(told)}</small>{''.join(marks)}"
@@ -282,7 +319,10 @@ def study_table(table: DataFrame) -> str:
     """The table of a study for the eye, as HTML, after the verdicts that it has; a long one is folded."""
     verdicts: Iterable[str] = ()
     if {"variant", "reference", "R1_gain", "status"} <= set(table):
-        verdicts = [comparison.verdict(row) for row in table.fillna({"status": ""}).to_dict("records")]
+        verdicts = [
+            comparison.verdict(row)
+            for row in table.astype({"status": object}).fillna({"status": ""}).to_dict("records")
+        ]
         table = comparison.readable(table).reset_index()
     elif {"train", "test", "leaks", "R1_low"} <= set(table):
         table = transfer.readable(table)
@@ -314,9 +354,10 @@ def _other_notebooks(base: Path, known: Iterable[Path]) -> str:
 
 
 def _broken(reasons: Mapping[str, str]) -> str:
-    """The run folders that cannot be read, with the reasons."""
-    listed = "".join(f"<li>{_text(reason)}</li>" for reason in reasons.values())
-    return f'<div class="card"><p>These folders hold no run that can be read.</p><ul>{listed}</ul></div>'
+    """The folders that cannot be shown, with the reasons."""
+    told = [reason if path in reason else f"{path}: {reason}" for path, reason in reasons.items()]
+    listed = "".join(f"<li>{_text(each)}</li>" for each in told)
+    return f'<div class="card"><p>These folders hold no run and no study that can be shown.</p><ul>{listed}</ul></div>'
 
 
 def _html(table: DataFrame, index: bool = False) -> str:

@@ -247,7 +247,7 @@ def _read(file: Path, reader: Callable[[Path], Any]) -> Any:
         return reader(file)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         remedy = f"copy {file.parent.name} again, or remove it and run it again"
         raise ValueError(f"{file} cannot be read ({type(error).__name__}: {error}): {remedy}") from error
 
@@ -265,7 +265,7 @@ def collect(root: str | Path | None = None) -> DataFrame:
     for file in sorted(reports_root(root).glob("**/metrics.json")):
         try:
             rows.append(_row(file.parent))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             broken[str(file.parent)] = str(error)
             warnings.warn(f"a run is left out: {error}", stacklevel=2)
     table = DataFrame(rows)

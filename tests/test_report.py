@@ -93,7 +93,7 @@ def rows(root: Path, dataset: str) -> list[str]:
 
 def test_runs_that_differ_only_in_the_seed_share_a_line_with_the_mean_and_its_interval(root):
     (line,) = [
-        entry for entry in report.entries(runs.collect(root), root) if entry.name == "default" and not entry.example
+        entry for entry in report.entries(runs.collect(root), root, {}) if entry.name == "default" and not entry.example
     ]
     values = [pd.read_csv(folder / "queries.csv").R1 for folder in line.folders]
     assert len(values) == 2
@@ -102,7 +102,7 @@ def test_runs_that_differ_only_in_the_seed_share_a_line_with_the_mean_and_its_in
 
 
 def test_one_runs_scores_are_those_of_its_metrics(root):
-    (line,) = [entry for entry in report.entries(runs.collect(root), root) if "itc" in entry.name]
+    (line,) = [entry for entry in report.entries(runs.collect(root), root, {}) if "itc" in entry.name]
     assert line.scores["R1"] == (61.0, 56.0, 66.0)
 
 
@@ -187,6 +187,88 @@ def test_a_broken_folder_is_listed_with_its_reason_and_the_others_are_shown(root
     assert sum("default" in row for row in rows(root, "cuhk")) == 1  # the other seed
 
 
+def _scores(**changes):
+    """Other test scores of a run; None takes one away."""
+
+    def damage(folder):
+        metrics = json.loads((folder / "metrics.json").read_text())
+        scores = metrics["text_to_image"] | changes
+        metrics["text_to_image"] = {name: score for name, score in scores.items() if score is not None}
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+
+    return damage
+
+
+def _file(name, content):
+    return lambda folder: (folder / name).write_text(content)
+
+
+def test_a_run_without_some_of_its_photos_says_how_many(root):
+    assert not [row for row in rows(root, "cuhk") if "left out" in row]
+    (file,) = (folder / "metrics.json" for folder in (root / "cuhk").iterdir() if "itc" in folder.name)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"unreadable_images": 1234}))
+    (row,) = [row for row in rows(root, "cuhk") if "left out" in row]
+    assert "itc" in row
+    assert "1,234 unreadable photos left out" in row
+
+
+RUN_DAMAGES = {
+    "no R@5": _scores(R5=None),
+    "a score in words": _scores(R1="abc"),
+    "a score of two numbers": _scores(R1=[1.0, 2.0]),
+    "a score whose interval is text": _scores(mAP=[1.0, "<script>", "b"]),
+    "scores in a list": _file("metrics.json", '{"text_to_image": [1, 2]}'),
+    "deeply nested metrics": _file("metrics.json", '{"text_to_image": ' + "[" * 100_000),
+    "a deeply nested recipe": _file("recipe.json", "[" * 100_000),
+    "a history of text": _file("history.csv", "step,sdm,loss,val_R1\nx,y,z,x\nx,y,z,x\n"),
+    "a history without steps": _file("history.csv", "sdm,loss,val_R1\n3,3,30\n2,2,40\n"),
+    "a history of no column": _file("history.csv", ""),
+}
+
+
+@pytest.mark.parametrize("damage", RUN_DAMAGES.values(), ids=RUN_DAMAGES.keys())
+def test_a_damaged_run_costs_the_page_its_own_line_only(root, damage):
+    (folder,) = (folder for folder in (root / "cuhk").iterdir() if "itc" in folder.name)
+    damage(folder)
+    with pytest.warns(UserWarning, match="left out"):
+        page = Page(report.write_report(root).read_text())
+    left_out = page.words.split("no study that can be shown")[1]
+    assert str(folder) in left_out
+    assert str(root / "example") not in left_out
+    assert [sum(word in row for row in rows(root, "cuhk")) for word in ("itc", "2 seeds", "published")] == [0, 1, 2]
+    assert "3 finished runs and 1 study" in page.words
+    assert page.open == []
+
+
+def test_seeds_whose_queries_lack_columns_are_left_out_together(root):
+    folders = [folder for folder in (root / "cuhk").iterdir() if (folder / "train.ipynb").exists()]
+    (folders[0] / "queries.csv").write_text("a,b\n1,2\n")
+    with pytest.warns(UserWarning, match="R1"):
+        words = Page(report.write_report(root).read_text()).words.split("no study that can be shown")[1]
+    assert [f"{folder} cannot be shown (KeyError" in words for folder in folders] == [True, True]
+
+
+STUDY_DAMAGES = {
+    "an empty table": "",
+    "a torn table": 'a,b\n"1,2\n3',
+    "verdicts without seeds": "variant,reference,R1_gain,status,R1_gain_low,R1_gain_high\na,b,1,finished,0,2\n",
+    "gains in words": "variant,reference,R1_gain,status,seeds,R1_gain_low,R1_gain_high\na,b,x,,3,y,z\n",
+}
+
+
+@pytest.mark.parametrize("content", STUDY_DAMAGES.values(), ids=STUDY_DAMAGES.keys())
+@pytest.mark.parametrize("name", ["table.csv", "another.csv"])
+def test_a_damaged_study_costs_the_page_that_study_only(root, content, name):
+    folder = root / "cuhk" / "studies" / "damaged"
+    folder.mkdir()
+    (folder / name).write_text(content)
+    with pytest.warns(UserWarning, match="left out of the page: .*damaged cannot be shown"):
+        page = Page(report.write_report(root).read_text())
+    assert f"{folder} cannot be shown" in page.words
+    assert "<b>rq9" in page.words
+    assert "4 finished runs and 1 study" in page.words
+
+
 def test_a_folder_without_runs_gives_a_page_with_what_is_published(tmp_path):
     words = Page(report.write_report(tmp_path / "none").read_text()).words
     assert "0 finished runs" in words
@@ -198,5 +280,5 @@ def test_the_committed_example_is_on_the_page_of_a_fresh_clone(tmp_path):
     example = Path(__file__).resolve().parent.parent / "reports" / "example"
     (tmp_path / "example").symlink_to(example)
     assert runs.collect(tmp_path).empty  # links are not followed, so that `latest` counts no run twice
-    found = report.entries(runs.collect(example.parent), example.parent)
+    found = report.entries(runs.collect(example.parent), example.parent, {})
     assert any(entry.example for entry in found)

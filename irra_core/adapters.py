@@ -29,7 +29,8 @@ class LowRank(nn.Module):
         self.up = nn.Parameter(matrix.new_zeros(rows, rank))
 
     def forward(self, matrix: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
-        with torch.autocast(matrix.device.type, enabled=False):  # so that the merged matrix is this one bit for bit
+        device = "cpu" if matrix.is_meta else matrix.device.type  # autocast knows no device meta
+        with torch.autocast(device, enabled=False):  # so that the merged matrix is this one bit for bit
             return matrix + self.up @ self.down
 
 

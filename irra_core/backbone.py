@@ -65,6 +65,12 @@ def new_clip(config: Mapping, image_size: tuple[int, int], stride: int) -> CLIP:
     return clip
 
 
+def give_constants(clip: CLIP) -> None:
+    """Set what a CLIP holds beside its weights, as in a new one: the temperature and the mask of later words."""
+    clip.logit_scale.fill_(math.log(1 / 0.07))
+    clip.attn_mask.copy_(torch.full_like(clip.attn_mask, -torch.inf).triu(1))
+
+
 def patch_grid(image_size: tuple[int, int], patch: int, stride: int) -> tuple[int, int]:
     """Rows and columns of the patches of an image."""
     return (image_size[0] - patch) // stride + 1, (image_size[1] - patch) // stride + 1

@@ -6,8 +6,9 @@ import os
 import re
 import secrets
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from math import isqrt
 from pathlib import Path
 
 import torch
@@ -17,10 +18,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from irra_core.adapters import is_adapter, merged
-from irra_core.backbone import CHECKSUM, checksum, fill, learned, new_clip, patch_grid, read_weights
+from irra_core.backbone import (
+    CHECKSUM,
+    check_fit,
+    check_weights,
+    checksum,
+    fill,
+    give_constants,
+    learned,
+    new_clip,
+    patch_grid,
+    read_weights,
+    unwrapped,
+)
 from irra_core.interaction import CrossEncoder
-from irra_core.model import IRRA, build_model, seeded
-from irra_core.recipes import Recipe, read_recipe
+from irra_core.model import IRRA, build_model
+from irra_core.recipes import Recipe, patch_size, read_recipe
 
 FORMAT = "irra-core checkpoint 1"
 
@@ -46,24 +59,74 @@ def save_checkpoint(model: IRRA, recipe: Recipe, path: str | Path, merge: bool =
     save_tensors(state, path, {"format": FORMAT, "recipe": recipe.to_json(), "num_ids": str(num_ids)})
 
 
-def load_checkpoint(path: str | Path) -> tuple[IRRA, Recipe]:
+def load_checkpoint(path: str | Path, finite: bool = True) -> tuple[IRRA, Recipe]:
     """The model that `save_checkpoint` wrote, on the CPU, and its recipe; what was frozen, is.
 
-    Raises ValueError for any other file.
+    Raises ValueError for any other file, and for weights that are not finite numbers unless `finite` is False.
     """
     tensors, metadata = read_weights(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is no checkpoint of this library: read one of the released code's with load_official")
     try:
         recipe, num_ids = read_recipe(json.loads(metadata["recipe"])), int(metadata["num_ids"])
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path} does not say what model it holds ({error}): read it with the version of this library that wrote it"
         ) from error
+    tensors = learned(tensors)
+    check_weights(tensors, str(path), finite)
+    _check_sizes(tensors, recipe, num_ids, path)
     rank = recipe.adapter_rank if any(is_adapter(name) for name in tensors) else 0
-    model = build_model(recipe.replace(pretrained="none", pretrained_towers="both", adapter_rank=rank), num_ids)
-    fill(learned(model.state_dict()), learned(tensors), str(path))
-    return model, recipe
+    plain = recipe.replace(pretrained="none", pretrained_towers="both", adapter_rank=rank)
+    return _filled(lambda: build_model(plain, num_ids), tensors, path), recipe
+
+
+def _check_sizes(tensors: Mapping[str, Tensor], recipe: Recipe, num_ids: int, path: str | Path) -> None:
+    """Raise ValueError where what a checkpoint says of its model is not what its tensors hold."""
+    complaints = []
+    classes, positions = (_rows(tensors, name) for name in ("classifier.weight", "clip.visual.positional_embedding"))
+    if num_ids != classes:
+        complaints.append(f"num_ids is {num_ids}, but its classifier.weight has {classes} rows")
+    size = (recipe.image_height, recipe.image_width)
+    rows, cols = patch_grid(size, patch_size(recipe.backbone), recipe.stride)
+    if rows * cols + 1 != positions:
+        complaints.append(
+            f"image_height {size[0]}, image_width {size[1]} and stride {recipe.stride} make {rows * cols} patches, but "
+            f"its clip.visual.positional_embedding has rows for {positions - 1}"
+        )
+    if "mlm" in recipe.loss_names and recipe.interaction_depth > len(tensors):
+        complaints.append(
+            f"interaction_depth is {recipe.interaction_depth}, but it holds {len(tensors)} tensors in all"
+        )
+    if complaints:
+        raise ValueError(
+            f"{path} holds another model than its metadata says: {'; '.join(complaints)}. Copy it again, or write it "
+            "again with save_checkpoint"
+        )
+
+
+def _rows(tensors: Mapping[str, Tensor], name: str) -> int:
+    """Length of a tensor's first axis; 0 where it is missing or has none."""
+    return tensors[name].shape[0] if name in tensors and tensors[name].ndim else 0
+
+
+def _filled(
+    make: Callable[[], IRRA], tensors: Mapping[str, Tensor], path: str | Path, named: Callable[[str], str] = str
+) -> IRRA:
+    """The model that `make` draws, with a file's tensors for its weights, on the CPU.
+
+    It is drawn without memory and compared first: a file that does not fit costs none, one that fits no drawing.
+    """
+    try:
+        with torch.device("meta"):
+            model = make()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    check_fit({named(name): value for name, value in learned(model.state_dict()).items()}, tensors, str(path))
+    model.to_empty(device="cpu")
+    give_constants(model.clip)
+    fill({named(name): value for name, value in learned(model.state_dict()).items()}, tensors, str(path))
+    return model
 
 
 def open_checkpoint(
@@ -103,7 +166,9 @@ def describe(model: IRRA, recipe: Recipe | None = None) -> dict[str, object]:
 
 def load_weights(model: IRRA, path: str | Path) -> None:
     """Fill a model with the weights of its checkpoint. Raises ValueError naming each tensor that does not fit."""
-    fill(learned(model.state_dict()), learned(read_weights(path)[0]), str(path))
+    tensors = learned(unwrapped(read_weights(path)[0], str(path)))
+    check_weights(tensors, str(path))
+    fill(learned(model.state_dict()), tensors, str(path))
 
 
 def save_tensors(
@@ -157,21 +222,18 @@ def load_official(path: str | Path, image_size: Sequence[int] = (384, 128), stri
         "vision_cfg": {
             "width": shape["image width"],
             "patch_size": patch,
-            "layers": _depth(tensors, "base_model.visual."),
+            "layers": _depth(tensors, "base_model.visual.", path),
         },
-        "text_cfg": text | {"heads": shape["text width"] // 64, "layers": _depth(tensors, "base_model.")},
+        "text_cfg": text | {"heads": shape["text width"] // 64, "layers": _depth(tensors, "base_model.", path)},
     }
-    mlm = any(name.startswith(_INTERACTION) for name in tensors)
-    with seeded(0):
-        model = IRRA(
-            new_clip(config, image_size, stride),
-            shape.get("number of identities"),
-            "cross" if mlm else None,
-            _depth(tensors, "cross_modal_"),
-            padding_attention=True,
-        )
-    fill({released_name(name): value for name, value in learned(model.state_dict()).items()}, tensors, str(path))
-    return model
+    interaction = "cross" if any(name.startswith(_INTERACTION) for name in tensors) else None
+    classes, depth = shape.get("number of identities"), _depth(tensors, "cross_modal_", path)
+    return _filled(
+        lambda: IRRA(new_clip(config, image_size, stride), classes, interaction, depth, padding_attention=True),
+        tensors,
+        path,
+        released_name,
+    )
 
 
 def save_official(model: IRRA, path: str | Path) -> None:
@@ -203,12 +265,12 @@ def released_name(name: str) -> str:
 def _released_tensors(path: str | Path) -> dict[str, Tensor]:
     """The state dict of a file in the released format, without the prefix that DataParallel adds."""
     content, _ = read_weights(path)
-    state = content.get("model", content)
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    tensors = unwrapped(content, str(path), "model")
+    if not any(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"{path} is not in the released format: it holds no state dict under 'model'")
-    tensors = {name.removeprefix("module."): value for name, value in state.items()}
     if not any(name.startswith("base_model.") for name in tensors):
         raise ValueError(f"{path} is not in the released format: none of its tensors is under base_model.")
+    check_weights(tensors, str(path))
     return tensors
 
 
@@ -227,6 +289,11 @@ def _infer(tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, int]:
             found[quantity] = next(iter(claims))
         elif quantity != "number of identities":
             raise ValueError(f"{path}: {', '.join(name for name, _ in sources)} is missing or misshapen")
+    for quantity, value in found.items():
+        least = 2 if quantity == "image positions" else 1  # the class token's, and a patch's
+        if value < least:
+            names = ", ".join(name for name, axis in _EVIDENCE[quantity] if name in tensors)
+            raise ValueError(f"{path}: {quantity} {value} by {names}: accepted is {least} or more. Copy the file again")
     for quantity in ("feature width", "image width", "text width"):
         if found[quantity] % 64:
             raise ValueError(f"{path}: {quantity} {found[quantity]} is no multiple of 64, the width of a head")
@@ -266,20 +333,33 @@ _EVIDENCE = {
 }
 
 
-def _depth(tensors: Mapping[str, Tensor], tower: str) -> int:
-    """Number of transformer blocks under a prefix, at least 1 so that a missing block is named."""
-    pattern = re.compile(re.escape(tower) + r"transformer\.resblocks\.(\d+)\.")
-    return 1 + max((int(match[1]) for name in tensors if (match := pattern.match(name))), default=0)
+def _depth(tensors: Mapping[str, Tensor], tower: str, path: str | Path) -> int:
+    """Number of transformer blocks under a prefix, at least 1 so that a missing block is named.
+
+    Raises ValueError for a block's number that as many tensors as the file has cannot reach.
+    """
+    pattern = re.compile(re.escape(tower) + r"transformer\.resblocks\.(\d{1,18})\.")  # more digits: left over
+    numbers = {int(match[1]): name for name in tensors if (match := pattern.match(name))}
+    last = max(numbers, default=0)
+    if last >= len(tensors):
+        raise ValueError(
+            f"{path}: {numbers[last]} is of block {last:,}, but the file holds {len(tensors):,} tensors: accepted are "
+            "blocks numbered from 0 without gaps. Copy the file again"
+        )
+    return 1 + last
 
 
 def _check_positions(positions: int, image_size: tuple[int, int], patch: int, stride: int, path: str | Path) -> None:
     """Raise ValueError with the sizes that fit unless the image has as many patches as the file has positions."""
+    if stride < 1:
+        raise ValueError(f"stride {stride}: accepted is from 1 to the patch size, here {patch} pixels")
     rows, cols = patch_grid(image_size, patch, stride)
     if rows * cols == positions and min(rows, cols) > 0:
         return
     fitting = []
-    for step in sorted({stride, patch, patch * 3 // 4}, key=lambda step: (step != stride, -step)):
-        grids = [(rows, positions // rows) for rows in range(1, positions + 1) if positions % rows == 0]
+    pairs = [(few, positions // few) for few in range(1, isqrt(positions) + 1) if positions % few == 0]
+    grids = sorted({*pairs, *((many, few) for few, many in pairs)})
+    for step in sorted({stride, patch, patch * 3 // 4} - {0}, key=lambda step: (step != stride, -step)):
         sizes = [((rows - 1) * step + patch, (cols - 1) * step + patch) for rows, cols in grids]
         sizes.sort(key=lambda size: abs(size[0] / size[1] - image_size[0] / image_size[1]))
         fitting.append(f"at stride {step} " + ", ".join(f"{height}×{width}" for height, width in sizes[:6]))

@@ -227,7 +227,7 @@ def replay(folder: str | Path) -> dict[str, float]:
 
     `train` saved the weights before that step in failed.safetensors and its batch in failed-batch.safetensors.
     """
-    model, recipe = load_checkpoint(Path(folder) / runs.FAILED)
+    model, recipe = load_checkpoint(Path(folder) / runs.FAILED, finite=False)
     tensors, _ = read_weights(Path(folder) / runs.FAILED_BATCH)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = Batch(**{name: tensor.to(device) for name, tensor in tensors.items() if name != "image_ids"})

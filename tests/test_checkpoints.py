@@ -1,5 +1,7 @@
 """Checkpoints that come back as they were, and files of the released code in every state that people have them in."""
 
+import json
+import math
 import re
 from pathlib import Path
 
@@ -55,6 +57,98 @@ def test_a_checkpoint_comes_back_bit_for_bit_with_its_recipe(losses, interaction
     assert same(found, model)
     assert read == recipe
     assert found.padding_attention == (interaction is not None)
+
+
+def test_what_a_loaded_model_holds_beside_its_weights_is_what_a_built_one_holds(tmp_path):
+    recipe = irra.recipe(pretrained="none", frozen="text", adapter_rank=2)
+    model = irra.build_model(recipe, 7)
+    irra.save_checkpoint(model, recipe, tmp_path / "model.safetensors", merge=False)
+    found, _ = irra.load_checkpoint(tmp_path / "model.safetensors")
+    ours, theirs = dict(found.named_buffers()), dict(model.named_buffers())
+    assert ours.keys() == theirs.keys() == {"clip.attn_mask", "clip.logit_scale"}
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    learning = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert {name: parameter.requires_grad for name, parameter in found.named_parameters()} == learning
+
+
+@pytest.fixture(scope="module")
+def ours():
+    """The tensors of a checkpoint of this library, and what it says of them."""
+    recipe = irra.recipe(pretrained="none", losses="sdm+id+mlm", interaction_depth=1)
+    state = irra.build_model(recipe, 7).state_dict()
+    return state, {"format": checkpoints.FORMAT, "recipe": recipe.to_json(), "num_ids": "7"}
+
+
+@pytest.fixture
+def little_is_drawn(monkeypatch):
+    """A model with memory, more than 8 blocks an encoder or none of a file's tensors in it fails the test."""
+
+    def drawn(*given, **named):
+        config = given[0]
+        assert torch.empty(0).is_meta, "a model was drawn in memory before it was compared with the file"
+        assert max(config["vision_cfg"]["layers"], config["text_cfg"]["layers"]) <= 80
+        return new_clip(*given, **named)
+
+    monkeypatch.setattr(checkpoints, "new_clip", drawn)
+    monkeypatch.setattr("irra_core.model.new_clip", drawn)
+
+
+LIES = [
+    ({"interaction_depth": 3000}, {}, "interaction_depth is 3000, but it holds [0-9]+ tensors"),
+    ({"interaction_depth": 10**30}, {}, "interaction_depth is 10{30}, but it holds [0-9]+ tensors"),
+    ({"interaction_depth": 3}, {}, r"interaction\.blocks\.1\.\S+ is missing"),
+    ({"image_height": 8_000_000}, {}, "image_height 8000000, .* make 4000000 patches, but .* has rows for 48"),
+    ({"image_width": 8 * 10**30}, {}, "image_width 80{30} .* but .* has rows for 48"),
+    ({"stride": 4}, {}, "stride 4 make 161 patches, but .* has rows for 48"),
+    ({"backbone": "ViT-bigG-14", "stride": 14}, {}, "image_height 96, image_width 32"),
+    (
+        {"backbone": "ViT-bigG-14", "image_height": 224, "image_width": 42, "stride": 14},
+        {},
+        r"clip\.visual\.transformer\.resblocks\.3\.\S+ is missing",
+    ),
+    ({"adapter_rank": 3}, {}, None),
+    ({}, {"num_ids": "1000000000000"}, "num_ids is 10{12}, but its classifier.weight has 7 rows"),
+    ({}, {"num_ids": "-5"}, "num_ids is -5, but its classifier.weight has 7 rows"),
+    ({}, {"num_ids": "1" + "0" * 30}, "num_ids is 10{30}, but its classifier.weight has 7 rows"),
+    ({}, {"num_ids": "seven"}, "does not say what model it holds .*seven"),
+    ({}, {"recipe": "[" * 100_000}, "does not say what model it holds .*recursion"),
+    ({}, {"recipe": '{"lr": ' + "[" * 100_000}, "does not say what model it holds .*recursion"),
+    ({"lr": 10**400}, {}, "does not say what model it holds (?s:.*)'lr'"),
+    ({"backbone": ["small"]}, {}, "does not say what model it holds (?s:.*)'backbone'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said", "message"), LIES, ids=range(len(LIES)))
+def test_a_checkpoint_that_says_what_its_tensors_are_not_costs_no_memory(
+    changes, said, message, ours, little_is_drawn, tmp_path
+):
+    state, metadata = ours
+    metadata = metadata | {"recipe": json.dumps(json.loads(metadata["recipe"]) | changes)} | said
+    checkpoints.save_tensors(state, tmp_path / "lie.safetensors", metadata)
+    if message is None:  # adapters were merged
+        assert irra.load_checkpoint(tmp_path / "lie.safetensors")[1].adapter_rank == 3
+        return
+    with pytest.raises(ValueError, match=rf"lie\.safetensors.*{message}"):
+        irra.load_checkpoint(tmp_path / "lie.safetensors")
+
+
+@pytest.mark.parametrize("spoil", [lambda value: value * math.nan, lambda value: value.long()], ids=["NaN", "int64"])
+def test_weights_of_ours_that_are_no_finite_floats_are_named(spoil, ours, tmp_path):
+    state, metadata = ours
+    path = tmp_path / "odd.safetensors"
+    checkpoints.save_tensors(state | {"mlm_head.fc.bias": spoil(state["mlm_head.fc.bias"])}, path, metadata)
+    model = irra.build_model(irra.recipe(pretrained="none", interaction_depth=1), 7)
+    for load in (irra.load_checkpoint, lambda path: load_weights(model, path)):
+        with pytest.raises(ValueError, match=r"odd\.safetensors: mlm_head\.fc\.bias is (of int64|not finite)"):
+            load(path)
+
+
+def test_weights_that_are_no_numbers_are_read_where_one_asks_for_them(ours, tmp_path):
+    state, metadata = ours
+    state = state | {"mlm_head.fc.bias": state["mlm_head.fc.bias"] * math.nan}
+    checkpoints.save_tensors(state, tmp_path / "broken.safetensors", metadata)
+    found, _ = irra.load_checkpoint(tmp_path / "broken.safetensors", finite=False)
+    assert found.mlm_head.fc.bias.isnan().all()
 
 
 def test_equal_tensors_and_metadata_are_equal_bytes(tmp_path):
@@ -248,6 +342,85 @@ def test_a_file_in_another_format_is_refused(content, message, tmp_path):
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=rf"other\.pth.*({message})"):
         irra.load_official(tmp_path / "other.pth", SIZE)
+
+
+def repeated(*shape):
+    """A tensor of any size whose numbers are one and the same in memory."""
+    return torch.zeros(1).expand(shape)
+
+
+BLOCK = "resblocks.{}.ln_1.weight"
+HOSTILE = {
+    "positions beyond number": (
+        {"base_model.visual.positional_embedding": repeated(10**9, 128)},
+        r"base_model\.visual\.positional_embedding is \(10{9}, 128\) with memory for 1 numbers",
+    ),
+    "identities beyond number": (
+        {"classifier.weight": repeated(10**12, 128), "classifier.bias": repeated(10**12)},
+        r"classifier\.weight is \(10{12}, 128\) with memory for 1 numbers",
+    ),
+    "a block beyond number": (
+        {"base_model.visual.transformer." + BLOCK.format(10**9): torch.zeros(128)},
+        r"base_model\.visual\.transformer\.resblocks\.10{9}\.ln_1\.weight is of block 1,000,000,000, but the file ",
+    ),
+    "a block far away": (
+        {"base_model.transformer." + BLOCK.format(20_000): torch.zeros(128)},
+        r"resblocks\.20000\.ln_1\.weight is of block 20,000, but the file holds [0-9]+ tensors",
+    ),
+    "a block between the two encoders": (
+        {"cross_modal_transformer." + BLOCK.format(400): torch.zeros(128)},
+        r"cross_modal_transformer\.resblocks\.400\.ln_1\.weight is of block 400, but the file holds [0-9]+ tensors",
+    ),
+    "a block of 5,000 digits": (
+        {"base_model.transformer." + BLOCK.format("9" * 5000): torch.zeros(128)},
+        "resblocks.9{5000}.ln_1.weight is left over",
+    ),
+    "a number for a name": ({1: torch.zeros(2)}, "a tensor is named by 1, of type int"),
+    "patches of no pixel": ({"base_model.visual.conv1.weight": torch.zeros(128, 3, 0, 0)}, "patch size 0 by base_mod"),
+    "no patch": ({"base_model.visual.positional_embedding": torch.zeros(1, 128)}, "image positions 1 by base_model"),
+    "no words": (
+        {
+            "base_model.token_embedding.weight": torch.zeros(0, 128),
+            "mlm_head.fc.weight": torch.zeros(0, 128),
+            "mlm_head.fc.bias": torch.zeros(0),
+        },
+        "vocabulary 0 by base_model",
+    ),
+    "a meta tensor": ({"base_model.text_projection": torch.zeros(128, 128, device="meta")}, "without numbers"),
+    "a sparse tensor": ({"base_model.text_projection": torch.eye(128).to_sparse()}, "a sparse_coo tensor"),
+    "complex numbers": ({"base_model.text_projection": torch.zeros(128, 128, dtype=torch.complex64)}, "of complex64"),
+    "a NaN": ({"ln_post.bias": torch.full((128,), math.nan)}, r"ln_post\.bias is not finite"),
+    "no tensor": ({"ln_post.bias": 3}, r"ln_post\.bias is no tensor but of type int"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_small_file_that_claims_much_or_nothing_is_refused_before_anything_large_is_made(
+    case, released, little_is_drawn, tmp_path
+):
+    changes, message = HOSTILE[case]
+    path = written(released | changes, tmp_path)
+    assert path.stat().st_size < 2 * TINY.stat().st_size + 10_000
+    with pytest.raises(ValueError, match=rf"best\.pth.*{message}"):
+        irra.load_official(path, SIZE)
+
+
+@pytest.mark.parametrize("stride", [0, -16])
+def test_a_stride_that_does_not_advance_is_refused(stride):
+    with pytest.raises(ValueError, match=f"stride {stride}: accepted is from 1 to the patch size, here 16 pixels"):
+        irra.load_official(TINY, SIZE, stride)
+
+
+def test_the_sizes_that_fit_are_every_pair_of_divisors():
+    for positions in (1, 2, 7, 12, 36, 97):
+        with pytest.raises(ValueError, match="What fits") as caught:
+            checkpoints._check_positions(positions, (10**6, 16), 16, 16, "file")
+        found = re.findall(r"(\d+)×(\d+)", str(caught.value).split("at stride 16 ")[-1].split(";")[0])
+        grids = {(int(height) // 16, int(width) // 16) for height, width in found}
+        divisors = [number for number in range(1, positions + 1) if positions % number == 0]
+        assert grids <= {(number, positions // number) for number in divisors}
+        assert len(grids) == min(len(divisors), 6)
 
 
 def test_what_save_official_writes_is_the_file_that_was_read(released, tmp_path):

@@ -330,7 +330,14 @@ def summary(path: str | Path) -> str:
         lines.append(f"{'ceiling':>14}: R1 {metrics['ceiling_R1']:.1f} (the best that the captions allow)")
     marked = " (weights selected on test: not comparable)" if metrics["selected"]["on"] == "test" else ""
     head = f"test, per cent with 95 % intervals{marked}" if lines else "no test split: nothing was scored"
-    return "\n".join([head, *lines, *_size(run["machine"] or {}), f"    run folder: {path}"])
+    return "\n".join([head, *lines, *_size(run["machine"] or {}), *_left_out(metrics), f"    run folder: {path}"])
+
+
+def _left_out(metrics: Mapping[str, Any]) -> list[str]:
+    """A line on the photos that could not be read; none where all could."""
+    if not (count := metrics.get("unreadable_images", 0)):
+        return []
+    return [f"{'left out':>14}: {count:,} photo{'s' * (count > 1)} that cannot be read, see {UNREADABLE}"]
 
 
 def _size(machine: Mapping[str, Any]) -> list[str]:

@@ -204,9 +204,11 @@ def _file(name, content):
 
 
 def test_a_run_without_some_of_its_photos_says_how_many(root):
+    report.write_report(root)
     assert not [row for row in rows(root, "cuhk") if "left out" in row]
     (file,) = (folder / "metrics.json" for folder in (root / "cuhk").iterdir() if "itc" in folder.name)
     file.write_text(json.dumps(json.loads(file.read_text()) | {"unreadable_images": 1234}))
+    report.write_report(root)
     (row,) = [row for row in rows(root, "cuhk") if "left out" in row]
     assert "itc" in row
     assert "1,234 unreadable photos left out" in row

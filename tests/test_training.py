@@ -418,6 +418,7 @@ def test_unreadable_photos_are_left_out_listed_and_counted(annotations, tmp_path
     list(train(tiny.replace(max_steps=1), table, tmp_path / "run"))
     assert pd.read_csv(tmp_path / "run" / runs.UNREADABLE).path.tolist() == [str(broken)]
     assert runs.load_run(tmp_path / "run")["metrics"]["unreadable_images"] == 1
+    assert "left out: 1 photo that cannot be read, see unreadable.csv" in runs.summary(tmp_path / "run")
 
 
 def test_one_unreadable_photo_stops_a_run_whose_recipe_says_so(annotations, tmp_path, tiny, monkeypatch):

@@ -254,7 +254,7 @@ def _read_parquet(file: Path) -> list[dict]:
     """The records of a Parquet file; a missing split is an empty one."""
     try:
         table = pd.read_parquet(file)
-    except (ValueError, OSError) as error:  # pyarrow's own errors are among them
+    except (ValueError, OSError, KeyError) as error:  # pyarrow's own errors are among them; KeyError: an absent index
         raise ValueError(f"{_short(file)} is no readable Parquet file ({error}): copy or write it again") from None
     _check_columns(file, table.columns)
     if "split" in table.columns:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -422,6 +423,15 @@ def test_a_damaged_parquet_file_is_refused_by_name(tmp_path):
         load_annotations(tmp_path / "own.parquet")
     table_of(people(3)).assign(caption=["x", None, "y"]).to_parquet(tmp_path / "own.parquet", index=False)
     with pytest.raises(ValueError, match=r"record 2: caption is (None|nan)"):
+        load_annotations(tmp_path / "own.parquet")
+
+
+def test_a_parquet_file_whose_index_is_not_in_it_is_refused_by_name(tmp_path):
+    own(tmp_path, people(3))
+    about = json.dumps({"index_columns": ["nope"], "columns": [], "column_indexes": []})
+    table = pyarrow.Table.from_pandas(table_of(people(3)), preserve_index=False)
+    pyarrow.parquet.write_table(table.replace_schema_metadata({"pandas": about}), tmp_path / "own.parquet")
+    with pytest.raises(ValueError, match=r"/own\.parquet is no readable Parquet file .*'nope'"):
         load_annotations(tmp_path / "own.parquet")
 
 

@@ -7,12 +7,11 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from pandas import DataFrame
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from irra_core.captions import things_named
-from irra_core.images import image_array, normalise
+from irra_core.images import image_array, normalise, open_photo
 from irra_core.interaction import CrossEncoder, attend, norm, run_block
 from irra_core.model import IRRA
 from irra_core.synthetic import attributes
@@ -168,8 +167,7 @@ def attention_mass(model: IRRA, annotations: DataFrame) -> DataFrame:
                 maps["rollout"] = rollout(model, images, tokens)
         maps = {name: each.float().cpu().numpy() for name, each in maps.items()}
         for place, caption in enumerate(chunk.itertuples()):
-            with Image.open(caption.path) as photo:
-                size = photo.size
+            size = open_photo(caption.path).size
             for thing, kind, word, positions in named_words(tokens[place]):
                 if thing in boxes[caption.image_id]:
                     cover = box_cover(boxes[caption.image_id][thing], size, model.grid)

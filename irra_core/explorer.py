@@ -17,13 +17,11 @@ import torch
 import traitlets
 from matplotlib.figure import Figure
 from pandas import DataFrame
-from PIL import Image, ImageOps
 
 from irra_core import plots
 from irra_core.explanations import explain, fill_masks
-from irra_core.images import load_images
+from irra_core.images import UnreadableImages, load_images, open_photo
 from irra_core.metrics import query_metrics
-from irra_core.photos import FORMATS
 from irra_core.recipes import recipe
 from irra_core.runs import reports_root, write_text
 from irra_core.text import END_ID, MASK_ID, detokenize_words, tokenize, whole_characters
@@ -318,10 +316,8 @@ def _card(row) -> Card:
 def _thumbnail(path: str) -> dict[str, Any]:
     """A small JPEG as a data URL, and its width over its height; `src` is empty where the file cannot be read."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            image.draft("RGB", THUMBNAIL)
-            photo = ImageOps.exif_transpose(image).convert("RGB")
-    except Exception:  # damaged files raise anything; the page shows an empty frame with the file's name
+        photo = open_photo(path, THUMBNAIL)
+    except UnreadableImages:  # the page shows an empty frame with the file's name
         return {"src": "", "ratio": 1 / 3, "name": Path(path).name}
     photo.thumbnail(THUMBNAIL)
     data = io.BytesIO()

@@ -357,6 +357,17 @@ def leave_out_unreadable(annotations: DataFrame, recipe: Recipe, progress: Calla
     return kept
 
 
+def open_photo(path: str | Path, least: tuple[int, int] | None = None) -> Image.Image:
+    """One photo in its own size, upright, in RGB; a JPEG smaller where `least` (width, height) is enough.
+
+    Raises UnreadableImages.
+    """
+    photo = read_photo(os.fspath(path), least)
+    if isinstance(photo, str):
+        raise UnreadableImages({str(path): photo})
+    return photo.image
+
+
 def load_images(paths: Iterable[str | Path], recipe: Recipe) -> Float[Tensor, "n 3 h w"]:
     """The images at `paths` in the recipe's size, normalised, without augmentation and without the cache.
 

@@ -14,7 +14,7 @@ from pandas import DataFrame
 from PIL import Image
 
 from irra_core.annotations import photo_table
-from irra_core.images import UnreadableImages, decode_images
+from irra_core.images import UnreadableImages, decode_images, open_photo
 
 SIDE = 16  # the hash looks at the SIDE × SIDE lowest frequencies
 SIZE = (4 * SIDE, 2 * SIDE)  # pixels, height and width: upright like the photos
@@ -125,8 +125,7 @@ def sensitivity(paths: Iterable[str | Path], distance: int = SAME) -> DataFrame:
 
 def _copies(path: str | Path) -> dict[str, bytes]:
     """What may have happened to a photo on its way into another data set, each as a JPEG file's bytes."""
-    with Image.open(path) as image:
-        photo = image.convert("RGB")
+    photo = open_photo(path)
     wide, high = photo.size
     x, y = round(0.02 * wide), round(0.02 * high)
     return {

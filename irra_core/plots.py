@@ -14,9 +14,11 @@ import seaborn as sns
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import FixedLocator
 from pandas import DataFrame
-from PIL import Image, ImageOps
+from PIL import Image
 
+from irra_core.images import open_photo
 from irra_core.recipes import LOSS_NAMES
 
 # Okabe & Ito's colours, which colour-blind people tell apart; green and vermilion are kept for right and wrong.
@@ -244,8 +246,8 @@ def score_matrix(cells: DataFrame, *, metric: str = "R1", ax: Axes | None = None
             text = f"{value:.1f}" + ("" if np.isnan(low) else f"\n[{low:.1f}, {high:.1f}]")
             color = "white" if value > 60 else INK
         ax.text(x, y, text, ha="center", va="center", fontsize=8, color=color, linespacing=1.4)
-    ax.set_xticks(range(len(columns)), columns, fontsize=8)
-    ax.set_yticks(range(len(rows)), rows, fontsize=8)
+    ax.set_xticks(range(len(columns)), columns, fontsize=8, parse_math=False)
+    ax.set_yticks(range(len(rows)), rows, fontsize=8, parse_math=False)
     ax.set_xlabel("tested on", fontsize=9)
     ax.set_ylabel("trained on", fontsize=9)
     ax.set_title(f"{_spoken(metric)} (%)", fontsize=10)
@@ -374,8 +376,7 @@ def _photo(photo: str | Path | Image.Image) -> Image.Image:
     """The photo upright, in RGB."""
     if isinstance(photo, Image.Image):
         return photo.convert("RGB")
-    with Image.open(photo) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+    return open_photo(photo)
 
 
 def _cell_height(paths: Iterable[str | Path]) -> float:
@@ -434,7 +435,15 @@ def _spoken(metric: str) -> str:
 
 
 def _finish(ax: Axes, grid: str) -> Axes:
-    """The same quiet frame for every chart."""
+    """The same quiet frame for every chart; a $ in its words is a dollar, not a formula."""
+    legend = ax.get_legend()
+    words = [*ax.texts, ax.title, ax.xaxis.label, ax.yaxis.label]
+    words += [] if legend is None else [*legend.get_texts(), legend.get_title()]
+    for axis in (ax.xaxis, ax.yaxis):
+        if isinstance(axis.get_major_locator(), FixedLocator):  # names; numbers may be powers of ten
+            words += axis.get_ticklabels()
+    for text in words:
+        text.set_parse_math(False)
     sns.despine(ax=ax)
     ax.grid(axis=grid, color=FAINT, linewidth=0.8)
     ax.set_axisbelow(True)

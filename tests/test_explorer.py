@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -180,6 +181,15 @@ def test_a_photo_that_cannot_be_read_keeps_its_place_in_the_ranking(explorer, im
     assert cards(explorer)[0]["src"] == ""
     assert cards(explorer)[0]["name"] == "photo 0.png"
     assert cards(explorer)[1]["src"] != ""
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: Image.new("1", (10_000, 9_000)).save(path)])
+def test_a_pipe_or_a_bomb_in_a_photos_place_is_an_empty_frame(explorer, images, make):
+    Path(images.path[0]).unlink()
+    make(images.path[0])
+    explorer.query = "red"
+    assert [card["src"] != "" for card in cards(explorer)] == [False, True, True, True, True]
 
 
 @pytest.mark.parametrize(

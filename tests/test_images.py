@@ -31,6 +31,7 @@ from irra_core.images import (
     load_images,
     normalise,
     open_annotations,
+    open_photo,
 )
 from irra_core.recipes import recipe as make_recipe
 
@@ -217,14 +218,19 @@ BAD = {
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("reader", ["array", "load"])
+@pytest.mark.parametrize("reader", ["array", "load", "open"])
 @pytest.mark.parametrize("what", BAD)
 def test_an_unusable_file_is_named_with_its_reason_and_remedy(tmp_path, what, reader, recipe):
     path, (make, reason) = tmp_path / "broken.jpg", BAD[what]
     make(path)
     paths = [*photos(tmp_path / "good"), str(path)]
+    readers = {
+        "array": lambda: image_array(paths, HEIGHT, WIDTH),
+        "load": lambda: load_images(paths, recipe),
+        "open": lambda: [open_photo(path) for path in paths],
+    }
     with pytest.raises(UnreadableImages, match=reason) as error:
-        image_array(paths, HEIGHT, WIDTH) if reader == "array" else load_images(paths, recipe)
+        readers[reader]()
     assert list(error.value.files) == [str(path)]
     assert "copy again, or drop" in str(error.value)
 

@@ -1,5 +1,6 @@
 """What the plots put on their axes; pixels are for the eye."""
 
+import os
 import warnings
 
 import matplotlib.pyplot as plt
@@ -8,10 +9,12 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from pandas import DataFrame
 from PIL import Image
 
 from irra_core import plots
+from irra_core.images import UnreadableImages
 
 COLORS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30)]
 
@@ -94,6 +97,44 @@ def test_a_query_with_dollars_and_five_hundred_words_is_drawn_as_text(results):
     assert title.startswith("“$\\frac{1}$ <b>")
     assert title.endswith("…")
     assert title.count("\n") == 5
+
+
+def test_a_pipe_in_a_photos_place_is_named_and_not_waited_for(results, photos, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for draw in (
+        lambda: plots.ranking(results, truth=tmp_path / "pipe.png", ax=Figure().subplots()),
+        lambda: plots.attention(str(tmp_path / "pipe.png"), np.ones((2, 2)), ax=Figure().subplots()),
+    ):
+        with pytest.raises(UnreadableImages, match=r"pipe\.png: is no regular file"):
+            draw()
+
+
+DOLLARS = r"$\frac{ <b> $ _^{"
+CHARTS = {
+    "metric_curve": ({"step": [1, 2], "R1": [1.0, 2.0], "a": DOLLARS}, {"hue": "a"}),
+    "interval_dots": (
+        {"losses": [DOLLARS, "b"], "R1": [1.0, 2.0], "R1_low": [0.0, 1.0], "R1_high": [2.0, 3.0]},
+        {"references": {DOLLARS: 1.5}},
+    ),
+    "gain_dots": (
+        {"variant": [DOLLARS, "b"], "R1_gain": [1.0, np.nan], "R1_gain_low": [0.0, 0.0], "R1_gain_high": [2.0, 2.0]},
+        {},
+    ),
+    "score_matrix": ({"train": [DOLLARS], "test": [DOLLARS], "R1": [1.0]}, {}),
+    "speedups": ({"what": [DOLLARS, "b"], "ratio": [1.0, 300.0], "target": [2.0, np.nan]}, {}),
+    "time_parts": ({"part": [DOLLARS, "b"], "seconds": [1.0, 2.0], "share": [1.0, 2.0], "a": DOLLARS}, {"hue": "a"}),
+    "caption_lengths": ({"caption": ["a b", "a"], "split": [DOLLARS, "b"]}, {}),
+    "similarities": ({"similarity": [0.1, 0.2], "kind": [DOLLARS, "b"]}, {}),
+}
+
+
+@pytest.mark.parametrize(("chart", "given"), CHARTS.items(), ids=CHARTS.keys())
+def test_a_dollar_in_a_name_is_a_dollar(chart, given, tmp_path):
+    table, more = given
+    ax = getattr(plots, chart)(DataFrame(table), ax=Figure().subplots(), **more)
+    ax.figure.savefig(tmp_path / "chart.svg", metadata={"Date": None})  # where a formula would be read
+    words = [text.get_text() for text in ax.figure.findobj(Text)]
+    assert any(r"\frac" in word for word in words)
 
 
 def test_photos_keep_their_shape_inside_equal_cells(results, tmp_path):

@@ -126,7 +126,7 @@ LOSSES = st.lists(st.sampled_from(LOSS_NAMES), min_size=1, max_size=4, unique=Tr
 @given(
     LOSSES,
     st.integers(2, 4096),
-    st.floats(0, 1e3),
+    st.floats(0, 1e3, exclude_min=True),
     st.floats(0, 1),
     st.booleans(),
     st.sampled_from(["val", "last", "test"]),

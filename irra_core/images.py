@@ -40,7 +40,7 @@ ERASE_ATTEMPTS = 10  # torchvision's; a box that does not fit is drawn again
 VERSION = 1  # of what decoding does to a picture: arrays of another version are not used
 GROUP = 8  # images that a thread takes at once: handing over single ones costs 5 % of the time
 MOST_UNREADABLE = 0.01  # of a data set's photos; with more, a run does not begin
-WAITING = 4  # groups a core that may wait for their reader: little memory, and no core waits for another
+WAITING = 64  # groups a core that may wait for their reader, which sometimes waits for the disk
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # what flock says where there are none
 SYNC_BYTES = 2**24  # written through to the disk at once, while the cores decode on: the end then waits for little
 

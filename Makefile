@@ -23,7 +23,7 @@ test: .venv/ready lint  ## everything that continuous integration checks
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 	$(MAKE) notebooks
 
-test-long: .venv/ready  ## kills more than 50 training processes, and watches memory and files over 10,000 steps
+test-long: .venv/ready  ## kills more than 50 training processes, watches memory and files over 10,000 steps, and stops a run of two machines
 	$(BIN)/python -m pytest -m long
 
 lint: .venv/ready

@@ -73,7 +73,7 @@ def server(tmp_path_factory):
     running.stop()
 
 
-@pytest.fixture(params=["lite", "server"])
+@pytest.fixture(params=["lite", pytest.param("server", marks=pytest.mark.notebook)])
 def url(request, tmp_path) -> str:
     """A place for a gallery of the test's own."""
     if request.param == "lite":
@@ -170,6 +170,7 @@ def test_a_server_that_is_not_there_is_one_clear_error(model, photos):
         Gallery.build(model, photos, url="http://127.0.0.1:9")
 
 
+@pytest.mark.notebook
 def test_a_lost_server_is_waited_for_then_named_and_nothing_is_lost(
     model, photos, server, monkeypatch, capfd, tmp_path
 ):

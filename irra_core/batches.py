@@ -111,7 +111,7 @@ class Batches:
         recipe, rows = self.recipe, self._rows(step)
         tokens, masked, labels = self._captions(rows, step)
         augmentation = draw_augmentation(len(rows), recipe, self._generator(AUGMENTATION, step))
-        part = team.part(len(rows))
+        part, asked = team.part(len(rows)), (labels != 0).sum(1)
         whole, rows = rows, rows[part]
         return Batch(
             images=augment(self._pixels(self.images[rows]), augmentation.part(part), recipe),
@@ -121,8 +121,8 @@ class Batches:
             pids=self._moved(self.pids[rows]),
             rows=self._moved(rows),
             all_pids=self._moved(self.pids[whole]),
-            word_count=self._moved((labels != 0).sum()),
-            words_each=tuple((labels[part] != 0).sum(1).tolist()),
+            word_count=self._moved(asked.sum()),
+            words_each=tuple(asked[part].tolist()),
         )
 
     def _captions(

@@ -376,6 +376,13 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
 
 
+def peak_memory() -> int:
+    """The most bytes that this process has held."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def machine() -> dict[str, Any]:
     """What can change a run's last digits or its speed: versions, device, threads."""
     import torch

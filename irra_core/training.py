@@ -491,9 +491,6 @@ class _Run:
 
     def machine(self) -> dict[str, Any]:
         """Versions, device, threads, parameters, seconds, peak memory and throughput of this run."""
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         images = self.step * self.recipe.batch_size / max(self.seconds["training"], 1e-9)
         gpu = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
         trained = sum(p.numel() for group in self.optimiser.param_groups for p in group["params"])
@@ -504,7 +501,8 @@ class _Run:
             "seconds": self.seconds,
             "images_per_second": images,
         }
-        return runs.machine() | counted | measured | {"peak_memory_bytes": peak, "peak_gpu_memory_bytes": gpu}
+        peaks = {"peak_memory_bytes": runs.peak_memory(), "peak_gpu_memory_bytes": gpu}
+        return runs.machine() | counted | measured | peaks
 
 
 class _Told:

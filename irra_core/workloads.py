@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from irra_core import released
+from irra_core import released, runs
 from irra_core.annotations import photo_table
 from irra_core.batches import Batch, Batches
 from irra_core.evaluation import encode_images, evaluate
@@ -371,9 +371,7 @@ def _memory(name: str) -> int:
     """Bytes of a memory figure that Linux keeps of this process (elsewhere the peak alone is known)."""
     status = Path("/proc/self/status")
     if not status.exists():
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return runs.peak_memory()
     line = next(line for line in status.read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
 

@@ -1,6 +1,7 @@
 """Table + array + seed + step → the batch of that step (so a run can resume at any step)."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +24,9 @@ class Batch:
     `images` are augmented and normalised. `tokens` are the captions, `masked_tokens` the same with words masked and
     `labels` the ids of the words to predict, 0 elsewhere. `pids` count the identities from 0, as `Batches.classes`
     lists them; `rows` are places in the train table. `all_pids` and `word_count`, the number of words to predict, are
-    those of the whole batch, over which the losses are taken. `words_each` is how many words each pair is to predict;
-    the host keeps it, so that the model need not ask the device and wait for the answer.
+    those of the whole batch, over which the losses are taken. `lengths` are each caption's tokens up to its end, in
+    both forms, and `words_each` the words it is to predict; the host keeps them, so that the model need not ask the
+    device and wait for the answer.
     """
 
     images: Float[Tensor, "b 3 h w"]
@@ -35,11 +37,17 @@ class Batch:
     rows: Int[Tensor, " b"]
     all_pids: Int[Tensor, " whole"]
     word_count: Int[Tensor, ""]
+    lengths: tuple[int, ...] | None = None
     words_each: tuple[int, ...] | None = None
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """What the model takes, in its order."""
+        return self.images, self.tokens, self.masked_tokens, self.labels, self.lengths, self.words_each
 
     def split(self, size: int) -> list["Batch"]:
         """The same pairs in pieces of at most so many; of a batch without pairs, itself."""
-        cut = ("images", "tokens", "masked_tokens", "labels", "pids", "rows", "words_each")
+        cut = ("images", "tokens", "masked_tokens", "labels", "pids", "rows", "lengths", "words_each")
         pairs = {name: values for name in cut if (values := getattr(self, name)) is not None}
         return [
             replace(self, **{name: values[start : start + size] for name, values in pairs.items()})
@@ -111,7 +119,7 @@ class Batches:
         recipe, rows = self.recipe, self._rows(step)
         tokens, masked, labels = self._captions(rows, step)
         augmentation = draw_augmentation(len(rows), recipe, self._generator(AUGMENTATION, step))
-        part, asked = team.part(len(rows)), (labels != 0).sum(1)
+        part, asked, lengths = team.part(len(rows)), (labels != 0).sum(1), tokens.argmax(1) + 1
         whole, rows = rows, rows[part]
         return Batch(
             images=augment(self._pixels(self.images[rows]), augmentation.part(part), recipe),
@@ -122,6 +130,7 @@ class Batches:
             rows=self._moved(rows),
             all_pids=self._moved(self.pids[whole]),
             word_count=self._moved(asked.sum()),
+            lengths=tuple(lengths[part].tolist()),
             words_each=tuple(asked[part].tolist()),
         )
 

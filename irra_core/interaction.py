@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from irra_core.linear import linear
+from irra_core.packing import Packing
 from irra_core.recipes import unknown
 
 # Keys up to which a CPU in bf16 computes attention step by step: torch's fused one takes three to six times as long.
@@ -17,10 +18,11 @@ EXPLICIT = 512
 def build_interaction(kind: str, width: int, depth: int) -> nn.Module:
     """A `cross`, `co` or `merged` interaction encoder with seeded-by-the-caller weights.
 
-    Called as encoder(words [B, L, D], patches [B, N, D], real [B, L] | None, at [B, K] | None, record | None) it gives
-    the words' states [B, L, D]. Keys where `real` is False are not attended to; `at` names the only positions that
-    are wanted and makes the result [B, K, D]; to the list `record` each image-facing layer appends its attention
-    [B, heads, L, N]. Parameters at width 512 and depth 4: 13.66 M, 33.63 M and 12.61 M.
+    Called as encoder(words [B, L, D], patches [B, N, D], real [B, L] | None, at [B, K] | None, record | None, packing
+    | None) it gives the words' states [B, L, D]. Keys where `real` is False are not attended to; `at` names the only
+    positions that are wanted and makes the result [B, K, D]; to the list `record` each image-facing layer appends its
+    attention [B, heads, L, N]. With a packing the words come packed [T, D]; the states of padding then mean nothing.
+    Parameters at width 512 and depth 4: 13.66 M, 33.63 M and 12.61 M.
     """
     kinds = {"cross": CrossEncoder, "co": CoEncoder, "merged": MergedEncoder}
     if kind not in kinds:
@@ -41,17 +43,20 @@ class CrossEncoder(nn.Module):
 
     def forward(
         self,
-        words: Float[Tensor, "batch length dim"],
+        words: Float[Tensor, "batch length dim"] | Float[Tensor, "real dim"],
         patches: Float[Tensor, "batch tokens dim"],
         real: Bool[Tensor, "batch length"] | None = None,
         at: Int[Tensor, "batch wanted"] | None = None,
         record: list[Tensor] | None = None,
+        packing: Packing | None = None,
     ) -> Float[Tensor, "batch states dim"]:
-        states = attend(self.attention, norm(self.ln_text, words), norm(self.ln_image, patches), record=record)
+        words, seen = norm(self.ln_text, words), norm(self.ln_image, patches)
+        states = attend(self.attention, words, seen, record=record, packing=packing)
         mask = None if real is None else real[:, None, None]
         for block in self.blocks[:-1]:
-            states = run_block(block, states, mask)
-        return norm(self.ln_post, run_block(self.blocks[-1], states, mask, at=at))
+            states = run_block(block, states, mask, packing=packing)
+        states = norm(self.ln_post, run_block(self.blocks[-1], states, mask, at=at, packing=packing))
+        return states if at is not None else _padded(states, packing)
 
 
 class MergedEncoder(nn.Module):
@@ -64,21 +69,25 @@ class MergedEncoder(nn.Module):
 
     def forward(
         self,
-        words: Float[Tensor, "batch length dim"],
+        words: Float[Tensor, "batch length dim"] | Float[Tensor, "real dim"],
         patches: Float[Tensor, "batch tokens dim"],
         real: Bool[Tensor, "batch length"] | None = None,
         at: Int[Tensor, "batch wanted"] | None = None,
         record: list[Tensor] | None = None,
+        packing: Packing | None = None,
     ) -> Float[Tensor, "batch states dim"]:
-        length = words.shape[1]
-        states = torch.cat([words, patches], dim=1)
+        length = words.shape[1] if packing is None else packing.length
+        if packing is None:
+            states = torch.cat([words, patches], dim=1)
+        else:
+            states, packing = torch.cat([words, patches.flatten(0, 1)]), packing.beside(patches.shape[1])
         mask = None if real is None else F.pad(real, (0, patches.shape[1]), value=True)[:, None, None]
         weights: list[Tensor] | None = None if record is None else []
         for block in self.blocks[:-1]:
-            states = run_block(block, states, mask, record=weights)
+            states = run_block(block, states, mask, record=weights, packing=packing)
         if at is None:
-            at = torch.arange(length, device=words.device).expand(len(words), -1)
-        states = run_block(self.blocks[-1], states, mask, at=at, record=weights)
+            at = torch.arange(length, device=words.device).expand(len(patches), -1)
+        states = run_block(self.blocks[-1], states, mask, at=at, record=weights, packing=packing)
         if record is not None:
             record += [layer[:, :, :length, length:] for layer in weights]
         return norm(self.ln_post, states)
@@ -96,20 +105,21 @@ class CoEncoder(nn.Module):
 
     def forward(
         self,
-        words: Float[Tensor, "batch length dim"],
+        words: Float[Tensor, "batch length dim"] | Float[Tensor, "real dim"],
         patches: Float[Tensor, "batch tokens dim"],
         real: Bool[Tensor, "batch length"] | None = None,
         at: Int[Tensor, "batch wanted"] | None = None,
         record: list[Tensor] | None = None,
+        packing: Packing | None = None,
     ) -> Float[Tensor, "batch states dim"]:
         mask = None if real is None else real[:, None, None]
         for streams in self.blocks:
             text, image = streams["text"], streams["image"]
-            words, patches = text.look_inward(words, mask), image.look_inward(patches)
+            words, patches = text.look_inward(words, mask, packing), image.look_inward(patches)
             seen_words, seen_patches = norm(text.ln_2, words), norm(image.ln_2, patches)
-            words = text.look_across(words, seen_words, seen_patches, record=record)
-            patches = image.look_across(patches, seen_patches, seen_words, mask)
-        return norm(self.ln_post, words if at is None else pick(words, at))
+            words = text.look_across(words, seen_words, seen_patches, record=record, packing=packing)
+            patches = image.look_across(patches, seen_patches, seen_words, mask, context_packing=packing)
+        return norm(self.ln_post, _padded(words, packing) if at is None else pick(words, at, packing))
 
 
 class _Stream(nn.Module):
@@ -121,11 +131,11 @@ class _Stream(nn.Module):
         self.ln_1, self.attn, self.ln_3, self.mlp = block.ln_1, block.attn, block.ln_2, block.mlp
         self.ln_2, self.cross = nn.LayerNorm(width), nn.MultiheadAttention(width, max(width // 64, 1), batch_first=True)
 
-    def look_inward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        return tokens + attend(self.attn, norm(self.ln_1, tokens), mask=mask)
+    def look_inward(self, tokens: Tensor, mask: Tensor | None = None, packing: Packing | None = None) -> Tensor:
+        return tokens + attend(self.attn, norm(self.ln_1, tokens), mask=mask, packing=packing)
 
-    def look_across(self, tokens: Tensor, seen: Tensor, other: Tensor, mask=None, record=None) -> Tensor:
-        tokens = tokens + attend(self.cross, seen, other, mask, record=record)
+    def look_across(self, tokens: Tensor, seen: Tensor, other: Tensor, mask: Tensor | None = None, **named) -> Tensor:
+        tokens = tokens + attend(self.cross, seen, other, mask, **named)
         return tokens + feed_forward(self.mlp, norm(self.ln_3, tokens))
 
 
@@ -148,38 +158,51 @@ def _initialise(encoder: nn.Module, width: int, depth: int) -> None:
 
 def run_block(
     block: ResidualAttentionBlock,
-    tokens: Float[Tensor, "batch length dim"],
+    tokens: Float[Tensor, "batch length dim"] | Float[Tensor, "real dim"],
     mask: Bool[Tensor, "batch 1 queries length"] | None = None,
     causal: bool = False,
     at: Int[Tensor, "batch wanted"] | None = None,
     record: list[Tensor] | None = None,
-) -> Float[Tensor, "batch states dim"]:
-    """The tokens after a block of open_clip's; with `at`, only the tokens at those positions (all are attended to)."""
+    packing: Packing | None = None,
+) -> Float[Tensor, "batch states dim"] | Float[Tensor, "real dim"]:
+    """The tokens after a block of open_clip's; with `at`, only the tokens at those positions (all are attended to).
+
+    Tokens that come packed leave packed, but those at positions.
+    """
     context = norm(block.ln_1, tokens)
     if at is None:
-        states = tokens + block.ls_1(attend(block.attn, context, mask=mask, causal=causal, record=record))
+        found = attend(block.attn, context, mask=mask, causal=causal, record=record, packing=packing)
+        states = tokens + block.ls_1(found)
     else:
         if causal:
-            mask = (torch.arange(tokens.shape[1], device=tokens.device) <= at[..., None])[:, None]
-        chosen = attend(block.attn, pick(context, at), context, mask, record=record)
-        states = pick(tokens, at) + block.ls_1(chosen)
+            length = tokens.shape[1] if packing is None else packing.length
+            mask = (torch.arange(length, device=tokens.device) <= at[..., None])[:, None]
+        chosen = pick(context, at, packing)
+        chosen = attend(block.attn, chosen, context, mask, record=record, context_packing=packing)
+        states = pick(tokens, at, packing) + block.ls_1(chosen)
     return states + block.ls_2(feed_forward(block.mlp, norm(block.ln_2, states)))
 
 
 def attend(
     layer: nn.MultiheadAttention,
-    query: Float[Tensor, "batch queries dim"],
-    context: Float[Tensor, "batch keys dim"] | None = None,
+    query: Float[Tensor, "batch queries dim"] | Float[Tensor, "real dim"],
+    context: Float[Tensor, "batch keys dim"] | Float[Tensor, "real_keys dim"] | None = None,
     mask: Bool[Tensor, "batch 1 #queries keys"] | None = None,
     causal: bool = False,
     record: list[Tensor] | None = None,
-) -> Float[Tensor, "batch queries dim"]:
-    """Multi-head attention of the query to the context (to itself without one), True in `mask` = attended to."""
+    packing: Packing | None = None,
+    context_packing: Packing | None = None,
+) -> Float[Tensor, "batch queries dim"] | Float[Tensor, "real dim"]:
+    """Multi-head attention of the query to the context (to itself without one), True in `mask` = attended to.
+
+    With `packing` the query comes and leaves packed, with `context_packing` the context comes packed.
+    """
     weight, bias, width = layer.in_proj_weight, layer.in_proj_bias, layer.embed_dim
     if context is None:
-        parts = linear(query, weight, bias).chunk(3, -1)
+        parts = _padded(linear(query, weight, bias), packing).chunk(3, -1)
     else:
-        own, other = linear(query, weight[:width], bias[:width]), linear(context, weight[width:], bias[width:])
+        own = _padded(linear(query, weight[:width], bias[:width]), packing)
+        other = _padded(linear(context, weight[width:], bias[width:]), context_packing)
         parts = (own, *other.chunk(2, -1))
     q, k, v = (part.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2) for part in parts)
     if record is None and not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= EXPLICIT):
@@ -192,7 +215,13 @@ def attend(
         if record is not None:
             record.append(shares)
         found = shares @ v
-    return linear(found.transpose(1, 2).flatten(2), layer.out_proj.weight, layer.out_proj.bias)
+    found = found.transpose(1, 2).flatten(2)
+    return linear(packing.pack(found) if packing else found, layer.out_proj.weight, layer.out_proj.bias)
+
+
+def _padded(tokens: Tensor, packing: Packing | None) -> Tensor:
+    """The tokens padded again, where they came packed."""
+    return tokens if packing is None else packing.pad(tokens)
 
 
 def feed_forward(mlp: nn.Sequential, tokens: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
@@ -214,7 +243,11 @@ def norm(layer: nn.LayerNorm, tokens: Float[Tensor, "*batch dim"]) -> Float[Tens
 
 
 def pick(
-    tokens: Float[Tensor, "batch length dim"], at: Int[Tensor, "batch wanted"]
+    tokens: Float[Tensor, "batch length dim"] | Float[Tensor, "real dim"],
+    at: Int[Tensor, "batch wanted"],
+    packing: Packing | None = None,
 ) -> Float[Tensor, "batch wanted dim"]:
     """The tokens at the given positions of each row."""
+    if packing is not None:
+        return packing.pick(tokens, at)
     return tokens.gather(1, at[..., None].expand(-1, -1, tokens.shape[-1]))

@@ -14,7 +14,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 # torch multiplies float32 by MKL, which takes AVX2 on AMD's processors where oneDNN takes AVX-512: 110 against 235
-# GFLOP/s a core for ViT-B/16's layers. This is oneDNN's own entry; Intel's are as fast by either.
+# GFLOP/s a core for ViT-B/16's layers. This is oneDNN's own entry. Intel's processors are as fast by either; those
+# without AVX-512 are slower by oneDNN, of transposed matrices by a third (measured on an AMD EPYC with AVX2).
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 KEPT = 2**30  # bytes; smaller allocations come from memory that is kept, larger ones from the system, each time new
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -23,7 +24,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 def linear(
     tokens: Float[Tensor, "*batch dim"], weight: Float[Tensor, "out dim"], bias: Float[Tensor, " out"] | None = None
 ) -> Float[Tensor, "*batch out"]:
-    """tokens · weightᵀ + bias, as torch's own; in float32 on a CPU, outside autocast, by oneDNN."""
+    """tokens · weightᵀ + bias, as torch's own; in float32 on a CPU, with AVX-512 and outside autocast, by oneDNN."""
     float32 = tokens.dtype == weight.dtype == torch.float32
     if not float32 or tokens.device.type != "cpu" or not tokens.numel() or not _usable():
         return F.linear(tokens, weight, bias)
@@ -34,8 +35,8 @@ def linear(
 
 @functools.cache
 def _usable() -> bool:
-    """True where oneDNN's entry computes what it should."""
-    if _ONEDNN is None:
+    """True where oneDNN's entry is the faster one and computes what it should."""
+    if _ONEDNN is None or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     try:
         return torch.allclose(_product(torch.ones(2, 3), torch.ones(4, 3)), torch.full((2, 4), 3.0))

@@ -19,6 +19,7 @@ from irra_core.backbone import WEIGHT_SUFFIXES, configuration, download, load_cl
 from irra_core.images import cache_root, moved
 from irra_core.interaction import build_interaction, norm, run_block
 from irra_core.linear import Linear, keep_freed_memory, linear
+from irra_core.packing import Packing
 from irra_core.recipes import Recipe, pretraining, project_root
 from irra_core.synthetic import RENDERING
 
@@ -79,25 +80,43 @@ class IRRA(nn.Module):
         tokens: Int[Tensor, "batch length"],
         masked_tokens: Int[Tensor, "batch masked_length"] | None = None,
         labels: Int[Tensor, "batch masked_length"] | None = None,
+        lengths: tuple[int, ...] | None = None,
         words_each: tuple[int, ...] | None = None,
     ) -> Features:
         """Features of a batch; labels are the masked words' tokens, 0 where no word is predicted.
 
-        The image is encoded once, caption and masked caption in one pass when they are equally long, and the MLM
-        head runs on the masked words alone. `words_each` is how many of them each row has, if the caller knows it:
+        The image is encoded once, caption and masked caption in one pass when they are equally long, nothing but
+        attention is computed for their padding, and the MLM head runs on the masked words alone. `lengths` are each
+        row's tokens up to its end, in both forms, and `words_each` its masked words, if the caller knows them:
         otherwise they are counted, for which the host waits for a GPU.
         """
         if self.interaction is None or masked_tokens is None:
-            found = Features(self.encode_image(images), self.encode_text(tokens))
+            packing = self._packing(tokens, tokens, lengths)
+            found = Features(
+                self.encode_image(images), self._caption(self._begin_text(tokens, packing), tokens, packing)
+            )
         else:
             if labels is None:
                 raise ValueError("masked_tokens need labels: the masked words' tokens, 0 where none is predicted")
             patches = self.image_tokens(images)
             masked_tokens, labels = self._padded(masked_tokens), self._padded(labels)
-            text, words = self._caption_and_masked_words(tokens, masked_tokens)
+            packing = self._packing(tokens, masked_tokens, lengths)
+            text, words = self._caption_and_masked_words(tokens, masked_tokens, packing)
             found = Features(_full(patches[:, 0]), text)
-            found.word_logits, found.word_labels = self._masked_words(words, patches, masked_tokens, labels, words_each)
+            states, found.word_labels = self._masked_states(words, patches, masked_tokens, labels, words_each, packing)
+            found.word_logits = _full(self.mlm_head(states))
         return self.classified(found)
+
+    def _packing(
+        self, tokens: Int[Tensor, "batch length"], masked_tokens: Int[Tensor, "batch masked_length"], lengths
+    ) -> Packing | None:
+        """Where captions and masked captions have tokens; None where padding is attended to or lengths disagree."""
+        if self.padding_attention or tokens.shape != masked_tokens.shape:
+            return None
+        if lengths is None:
+            ends = _end(tokens) if tokens is masked_tokens else _end(tokens).maximum(_end(masked_tokens))
+            lengths = (ends[:, 0] + 1).tolist()
+        return Packing.of(lengths, tokens.shape[1], tokens.device)
 
     def classified(self, features: Features) -> Features:
         """The features with the identity scores of their image and text; as they are without a classifier."""
@@ -139,52 +158,70 @@ class IRRA(nn.Module):
         """All projected text tokens, padding's included; with `at`, only those at the given positions."""
         return self._finish_text(self._begin_text(tokens), at)
 
-    def _begin_text(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length width"]:
+    def _begin_text(
+        self, tokens: Int[Tensor, "batch length"], packing: Packing | None = None
+    ) -> Float[Tensor, "batch length width"] | Float[Tensor, "real width"]:
         """The text encoder up to its last block."""
         clip = self.clip
-        states = clip.token_embedding(tokens) + clip.positional_embedding[: tokens.shape[1]]
-        states = states.to(clip.text_projection.dtype)
+        positions = clip.positional_embedding[: tokens.shape[1]]
+        if packing is not None:
+            tokens, positions = packing.pack(tokens), F.embedding(packing.places % packing.length, positions)
+        states = (clip.token_embedding(tokens) + positions).to(clip.text_projection.dtype)
         for block in clip.transformer.resblocks[:-1]:
-            states = run_block(block, states, causal=True)
+            states = run_block(block, states, causal=True, packing=packing)
         return states
 
     def _finish_text(
-        self, states: Float[Tensor, "batch length width"], at: Int[Tensor, "batch wanted"] | None
-    ) -> Float[Tensor, "batch words dim"]:
+        self,
+        states: Float[Tensor, "batch length width"] | Float[Tensor, "real width"],
+        at: Int[Tensor, "batch wanted"] | None,
+        packing: Packing | None = None,
+    ) -> Float[Tensor, "batch words dim"] | Float[Tensor, "real dim"]:
         """The text encoder from its last block on."""
-        states = run_block(self.clip.transformer.resblocks[-1], states, causal=True, at=at)
+        states = run_block(self.clip.transformer.resblocks[-1], states, causal=True, at=at, packing=packing)
         return linear(norm(self.clip.ln_final, states), self.clip.text_projection.T)
 
+    def _caption(
+        self, states: Tensor, tokens: Int[Tensor, "batch length"], packing: Packing | None
+    ) -> Float[Tensor, "batch dim"]:
+        """The captions' global features from what the text encoder has begun."""
+        return _full(self._finish_text(states, _end(tokens), packing)[:, 0])
+
     def _caption_and_masked_words(
-        self, tokens: Int[Tensor, "batch length"], masked_tokens: Int[Tensor, "batch masked_length"]
-    ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch masked_length dim"]]:
+        self,
+        tokens: Int[Tensor, "batch length"],
+        masked_tokens: Int[Tensor, "batch masked_length"],
+        packing: Packing | None,
+    ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch masked_length dim"] | Float[Tensor, "real dim"]]:
         """The captions' global features and the masked captions' tokens, in one pass where lengths agree."""
         if tokens is masked_tokens:
-            caption = masked = self._begin_text(tokens)
+            caption = masked = self._begin_text(tokens, packing)
         elif tokens.shape == masked_tokens.shape:
-            caption, masked = self._begin_text(torch.cat([tokens, masked_tokens])).chunk(2)
+            both = torch.cat([tokens, masked_tokens])
+            caption, masked = self._begin_text(both, packing and packing.twice()).chunk(2)
         else:
             caption, masked = self._begin_text(tokens), self._begin_text(masked_tokens)
-        return _full(self._finish_text(caption, _end(tokens))[:, 0]), self._finish_text(masked, None)
+        return self._caption(caption, tokens, packing), self._finish_text(masked, None, packing)
 
-    def _masked_words(
+    def _masked_states(
         self,
-        words: Float[Tensor, "batch length dim"],
+        words: Float[Tensor, "batch length dim"] | Float[Tensor, "real dim"],
         patches: Float[Tensor, "batch tokens dim"],
         masked_tokens: Int[Tensor, "batch length"],
         labels: Int[Tensor, "batch length"],
         words_each: tuple[int, ...] | None,
-    ) -> tuple[Float[Tensor, "masked vocabulary"], Int[Tensor, " masked"]]:
-        """Word scores at the masked positions, row by row, and the words that stood there."""
+        packing: Packing | None,
+    ) -> tuple[Float[Tensor, "masked dim"], Int[Tensor, " masked"]]:
+        """The interaction encoder's states at the masked positions, row by row, and the words that stood there."""
         masked = labels != 0
         counts = masked.sum(1).tolist() if words_each is None else words_each
         most = max([1, *counts])  # a process may have no pairs in an epoch's last batch
         at = masked.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # a row's masked positions come first
         wanted = [row * most + place for row, count in enumerate(counts) for place in range(count)]
         wanted = moved(torch.tensor(wanted, dtype=torch.long), labels.device)
-        states = self.interaction(words, patches, self._real(masked_tokens), at)
+        states = self.interaction(words, patches, self._real(masked_tokens), at, packing=packing)
         states, answers = (each.flatten(0, 1).index_select(0, wanted) for each in (states, labels.gather(1, at)))
-        return _full(self.mlm_head(states)), answers
+        return states, answers
 
     def _identities(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch ids"]:
         """Identity scores, in full precision also under autocast."""

@@ -25,7 +25,7 @@ def loss_parts(
     the processes and divided by all masked words.
     """
     with autocast(batch.pids.device, precision):
-        features = model(batch.images, batch.tokens, batch.masked_tokens, batch.labels, batch.words_each)
+        features = model(*batch.inputs)
     if team.processes > 1:
         both = team.gathered(torch.cat([features.image, features.text], 1), len(batch.all_pids))
         image, text = both.chunk(2, 1)
@@ -118,7 +118,7 @@ class _Losses(nn.Module):
         if pull is None:
             return torch.stack(list(loss_parts(self.model, batch, self.recipe, self.precision, self.team).values()))
         with autocast(batch.pids.device, self.precision):
-            found = self.model(batch.images, batch.tokens, batch.masked_tokens, batch.labels, batch.words_each)
+            found = self.model(*batch.inputs)
         total = (torch.cat([found.image, found.text], 1) * pull).sum()
         words = total.new_zeros(())
         if found.word_logits is not None:

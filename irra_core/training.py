@@ -349,7 +349,7 @@ class _Run:
     def save_failed(self, step: int, parts: dict[str, float], lr: float) -> None:
         """What `replay` needs: the weights, which have stood still since the step, and its batch."""
         batch = vars(self.batches.at(step))
-        del batch["words_each"]  # no tensor, and its labels tell it
+        del batch["lengths"], batch["words_each"]  # no tensors, and the others tell them
         batch["image_ids"] = self.batches.images[batch["rows"].cpu()]
         said = {"step": str(step + 1), "lr": str(lr), "parts": json.dumps({n: str(v) for n, v in parts.items()})}
         save_checkpoint(self.model, self.recipe, self.folder / runs.FAILED, merge=False)

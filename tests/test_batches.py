@@ -52,14 +52,17 @@ def make(table, pixels):
     return batches
 
 
+HOSTS = ("lengths", "words_each")
+
+
 def fields(batch: Batch) -> list[torch.Tensor]:
     """What of a batch lies on the device."""
-    return [value for name, value in dataclasses.asdict(batch).items() if name != "words_each"]
+    return [value for name, value in dataclasses.asdict(batch).items() if name not in HOSTS]
 
 
 def same(one: Batch, two: Batch) -> bool:
     alike = all(torch.equal(*pair) for pair in zip(fields(one), fields(two), strict=True))
-    return alike and one.words_each == two.words_each
+    return alike and all(getattr(one, name) == getattr(two, name) for name in HOSTS)
 
 
 def test_an_epoch_is_every_caption_once_with_a_short_last_batch(make, recipe):
@@ -156,7 +159,7 @@ def test_the_parts_of_all_processes_are_the_whole_batch(make, recipe, processes,
         expected = batches.at(step)
         *whole, pids, words = fields(expected)
         parts = [make(recipe).at(step, process, processes) for process in range(processes)]
-        assert sum((part.words_each for part in parts), ()) == expected.words_each
+        assert all(sum((getattr(part, name) for part in parts), ()) == getattr(expected, name) for name in HOSTS)
         parts = [fields(part) for part in parts]
         assert all(torch.equal(part[-2], pids) and part[-1] == words for part in parts)  # what all of them know
         parts = [part[:-2] for part in parts]
@@ -201,10 +204,12 @@ def test_labels_are_the_words_that_were_masked(make, recipe):
 
 
 @pytest.mark.parametrize("padding_attention", [False, True])
-def test_the_host_knows_how_many_words_each_pair_is_to_predict(make, recipe, padding_attention):
+def test_the_host_knows_how_long_each_caption_is_and_how_many_words_it_is_to_predict(make, recipe, padding_attention):
     batches = make(recipe.replace(padding_attention=padding_attention, mask_probability=0.4))
     for step in range(3):
         batch = batches.at(step)
+        for tokens in (batch.tokens, batch.masked_tokens):
+            assert list(batch.lengths) == [row.index(END_ID) + 1 for row in tokens.tolist()]
         assert list(batch.words_each) == [sum(word != 0 for word in row) for row in batch.labels.tolist()]
         assert sum(batch.words_each) == batch.word_count
         assert len(set(batch.words_each)) > 1

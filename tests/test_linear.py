@@ -17,9 +17,24 @@ def drawn(*shape, dtype=torch.float64):
     return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(len(shape)))
 
 
+@pytest.fixture
+def processor(monkeypatch):
+    """Takes oneDNN's entry or torch's own, as on a processor with these instructions."""
+
+    def with_instructions(name):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: name)
+        module._usable.cache_clear()
+
+    yield with_instructions
+    monkeypatch.undo()
+    module._usable.cache_clear()
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_values_and_gradients_are_those_of_the_product_in_double_precision(shape, bias):
+@pytest.mark.parametrize("instructions", ["AVX512", "AVX2"])
+def test_values_and_gradients_are_those_of_the_product_in_double_precision(shape, bias, instructions, processor):
+    processor(instructions)
     given = [drawn(*shape), drawn(6, 5), drawn(6) if bias else None]
     found = []
     for dtype in (torch.float64, torch.float32):
@@ -32,7 +47,10 @@ def test_values_and_gradients_are_those_of_the_product_in_double_precision(shape
         assert torch.allclose(value.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_faster_library_is_taken_in_float32_alone(monkeypatch):
+def test_the_other_library_is_taken_in_float32_alone_and_with_avx512(monkeypatch, processor):
+    processor("AVX2")
+    assert not module._usable()
+    processor("AVX512")
     if not module._usable():
         pytest.skip("no oneDNN in this torch")
     calls = []
@@ -46,7 +64,9 @@ def test_the_faster_library_is_taken_in_float32_alone(monkeypatch):
     assert len(calls) == 1
 
 
-def test_transposed_and_sliced_weights_are_read_where_they_lie():
+@pytest.mark.parametrize("instructions", ["AVX512", "AVX2"])
+def test_transposed_and_sliced_weights_are_read_where_they_lie(instructions, processor):
+    processor(instructions)
     weight, tokens = drawn(10, 6, dtype=torch.float32), drawn(4, 10, dtype=torch.float32)
     assert torch.allclose(linear(tokens, weight.T), tokens @ weight, atol=1e-5)
     assert torch.allclose(linear(tokens[:, :6], weight[4:]), tokens[:, :6] @ weight[4:].T, atol=1e-5)

@@ -431,4 +431,4 @@ def test_one_unreadable_photo_stops_a_run_whose_recipe_says_so(annotations, tmp_
 
 def test_many_unreadable_photos_stop_a_run_before_it_begins(annotations, tmp_path, tiny):
     with pytest.raises(images.UnreadableImages, match="18 images cannot be read"):
-        images.leave_out_unreadable(annotations.assign(path=annotations.path.str.replace("-0", "-7")), tiny)
+        images.leave_out_unreadable(annotations.assign(path=annotations.path.str.replace("-0.png", "-7.png")), tiny)

@@ -81,14 +81,15 @@ def evaluate(
         words = f"{model.clip.vocab_size:,} words, CLIP's {VOCABULARY:,}"
         raise ValueError(f"the model's vocabulary has {words}: it cannot read sentences")
     photos = queries.drop_duplicates("image_id").reset_index(drop=True)
-    mine, my_captions = team.part(len(photos)), list(queries.caption[team.part(len(queries))])
+    mine, my_captions = team.part(len(photos)), queries.caption[team.part(len(queries))].tolist()
     if pixels is None:
         height, width = model.image_size
         shown = image_array(list(photos.path), height, width, progress=progress).pixels[mine]
     else:
         shown = pixels[photos.image_id.to_numpy()[mine]]
-    image = encode_images(model, shown, precision=precision, progress=progress)
-    text = encode_texts(model, my_captions, precision=precision, progress=progress)
+    with _scoring(model):
+        image = encode_images(model, shown, precision=precision, progress=progress)
+        text = encode_texts(model, my_captions, precision=precision, progress=progress)
     image, text = team.gathered(image, len(photos)), team.gathered(text, len(queries))
     return rank_features(image, text, photos, queries, hard_pids, team)
 
@@ -181,7 +182,7 @@ def encode_images(
     device = next(model.parameters()).device
 
     def encode(start: int) -> Tensor:
-        chunk = torch.from_numpy(np.array(pixels[start : start + batch_size]))
+        chunk = torch.from_numpy(np.require(pixels[start : start + batch_size], requirements=["W", "E"]))
         return model.encode_image(normalise(moved(chunk, device)))
 
     return _encoded(model, encode, len(pixels), batch_size, precision, progress, "photos")
@@ -204,17 +205,15 @@ def encode_texts(
 
 
 def _encoded(model, encode, count: int, batch_size: int, precision: str, progress, unit: str) -> Tensor:
-    """All batches of one encoder, normalised; the model's training mode is restored.
+    """All batches of one encoder, normalised.
 
     A GPU is left to work: while it encodes one batch the next is read and sent, and the features stay there to the end.
     """
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
     bar = progress(total=count, unit=unit, leave=False) if progress else None
     parts, before = [], None
     try:
-        with torch.inference_mode(), autocast(device, precision):
+        with _scoring(model), torch.inference_mode(), autocast(device, precision):
             for start in range(0, max(count, 1), batch_size):  # of no rows, features of the right width
                 parts.append(F.normalize(encode(start).float(), dim=1))
                 if device.type == "cuda":
@@ -224,10 +223,22 @@ def _encoded(model, encode, count: int, batch_size: int, precision: str, progres
                 if bar:
                     bar.update(len(parts[-1]))
     finally:
-        model.train(training)
         if bar:
             bar.close()
     return torch.cat(parts).cpu().clone()  # a tensor of its own, not of inference mode
+
+
+@contextlib.contextmanager
+def _scoring(model) -> Iterator[None]:
+    """Within, the model is not in training mode; afterwards it is in the mode that it was in."""
+    training = model.training
+    if training:  # a model has hundreds of parts, each of which is told
+        model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()
 
 
 def computes_bf16(device: torch.device) -> bool:

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import PIL
+import pyarrow
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
@@ -241,14 +242,14 @@ def _write(file: BinaryIO, files: list[str], shape: tuple[int, int, int, int], p
     file.flush()
     start, size = file.tell(), math.prod(shape[1:])
 
-    def keep(place: int, images: list[Decoded | str]) -> list[bytes | str]:
-        bands = [band for image in images if isinstance(image, Decoded) for band in image.bands]
+    def keep(place: int, image: Decoded | str) -> bytes | str:
+        if isinstance(image, str):
+            return image
         at = start + place * size
-        rest = sum(map(len, bands)) - os.pwritev(file.fileno(), bands, at)
+        rest = size - os.pwrite(file.fileno(), image.pixels, at)
         while rest:  # where the disk is full a part is taken, and the next call says why
-            content = b"".join(bands)
-            rest -= os.pwrite(file.fileno(), content[-rest:], at + len(content) - rest)
-        return [image.digest if isinstance(image, Decoded) else image for image in images]
+            rest -= os.pwrite(file.fileno(), image.pixels.tobytes()[-rest:], at + size - rest)
+        return image.digest
 
     digest, unreadable = hashlib.blake2b(f"{VERSION} {shape}".encode(), digest_size=16), {}
     bar = progress(total=len(files), desc="decoding images", unit="image") if progress else None
@@ -272,29 +273,25 @@ def _write(file: BinaryIO, files: list[str], shape: tuple[int, int, int, int], p
 
 
 class Decoded(NamedTuple):
-    """A decoded image: its red, green and blue [height, width] bytes, and the digest of the file's own bytes."""
+    """A decoded image, and the digest of the file's own bytes."""
 
-    bands: tuple[bytes, bytes, bytes]
+    pixels: UInt8[np.ndarray, "3 h w"]
     digest: bytes
-
-    @property
-    def pixels(self) -> bytes:
-        """The [3, height, width] bytes."""
-        return b"".join(self.bands)
 
 
 def decode_images(
-    files: list[str], height: int, width: int, keep: Callable[[int, list[Decoded | str]], list] | None = None
+    files: list[str], height: int, width: int, keep: Callable[[int, Decoded | str], Any] | None = None
 ) -> Iterator[Any]:
     """Each file's `Decoded` or the reason why there is none, in order, decoded on all cores, a few ahead of the reader.
 
-    `keep` takes the place of the first and a group of them, on all cores too; what it gives is yielded in their stead.
+    `keep` takes each with its place, on all cores too, while it is in the core's cache; what it gives is yielded in its
+    stead.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     def decoded(start: int) -> list[Any]:
-        images = [_decode(file, height, width) for file in files[start : start + GROUP]]
-        return keep(start, images) if keep else images
+        images = (_decode(file, height, width) for file in files[start : start + GROUP])
+        return [keep(start + place, image) if keep else image for place, image in enumerate(images)]
 
     waiting: deque[Future] = deque()
     with ThreadPoolExecutor(cores) as pool:  # threads: Pillow decodes and resizes without the interpreter's lock
@@ -311,8 +308,23 @@ def _decode(file: str, height: int, width: int) -> Decoded | str:
     photo = read_photo(file)
     if isinstance(photo, str):
         return photo
-    small = photo.image.resize((width, height), Image.Resampling.BILINEAR)
-    return Decoded(tuple(small.tobytes("raw", band) for band in "RGB"), photo.digest)
+    image = photo.image
+    if image.size != (width, height):  # else resize would copy
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return Decoded(_planes(image), photo.digest)
+
+
+def _planes(image: Image.Image) -> UInt8[np.ndarray, "3 h w"]:
+    """Red, green and blue of an RGB image, copied out of Pillow's memory while other threads run.
+
+    Arrow's protocol hands that memory over as it is, red, green, blue and a byte of nothing; Pillow's own ways out hold
+    the interpreter's lock, for which the other cores would wait.
+    """
+    try:
+        rows = pyarrow.array(image).values.to_numpy().reshape(image.height, image.width, -1)
+    except ValueError:  # an image beyond 16 MB lies in several pieces
+        rows = np.asarray(image)
+    return np.ascontiguousarray(rows[..., :3].transpose(2, 0, 1))
 
 
 def open_annotations(
@@ -381,8 +393,7 @@ def load_images(paths: Iterable[str | Path], recipe: Recipe) -> Float[Tensor, "n
     unreadable = {file: image for file, image in zip(files, images, strict=True) if isinstance(image, str)}
     if unreadable:
         raise UnreadableImages(unreadable)
-    pixels = bytearray().join(image.pixels for image in images)
-    return normalise(torch.frombuffer(pixels, dtype=torch.uint8).view(len(files), 3, height, width))
+    return normalise(torch.from_numpy(np.stack([image.pixels for image in images])))
 
 
 def on_device(pixels: UInt8[np.ndarray, "n 3 h w"], device: torch.device) -> UInt8[Tensor, "n 3 h w"]:

@@ -40,7 +40,7 @@ def photo_hashes(paths: Iterable[str | Path], progress=None) -> UInt8[np.ndarray
             if isinstance(image, str):
                 unreadable[files[place]] = image
             else:
-                hashes[place] = _hash(np.frombuffer(image.pixels, np.uint8).reshape(3, *SIZE))
+                hashes[place] = _hash(image.pixels)
             if bar:
                 bar.update(1)
     finally:

@@ -457,9 +457,9 @@ def _encoded(model, photos: DataFrame, precision: str, unreadable: list[tuple[st
 def _read(paths: list[str], size: tuple[int, int]) -> tuple[UInt8[np.ndarray, "n 3 h w"], dict[str, str]]:
     """The photos that can be read, decoded, and why the others cannot."""
     images = list(decode_images(paths, *size))
-    content = bytearray().join(image.pixels for image in images if not isinstance(image, str))
+    decoded = [image.pixels for image in images if not isinstance(image, str)]
     reasons = {path: image for path, image in zip(paths, images, strict=True) if isinstance(image, str)}
-    return np.frombuffer(content, np.uint8).reshape(-1, 3, *size), reasons
+    return np.stack(decoded) if decoded else np.empty((0, 3, *size), np.uint8), reasons
 
 
 def _written(shards: Iterable[Shard], folder: Path, team: Team) -> Iterator[Shard]:

@@ -14,6 +14,7 @@ CONTEXT = 77  # tokens a caption, start and end included
 VOCABULARY = 49408
 MASK_ID = 49405  # as in the released code; in CLIP's vocabulary it is the word "jekyll"
 START_ID, END_ID, PADDING_ID = 49406, 49407, 0
+REMEMBERED = 2**16  # pieces of text whose token ids are kept
 LONGEST = 3000  # letters of a word; 75 tokens of at most 32 bytes end before, and time grows with the square
 
 
@@ -31,37 +32,40 @@ def tokenize(captions: Iterable[str], mask: str = "[MASK]") -> Int[Tensor, "n 77
     """
     if isinstance(captions, str):
         raise TypeError(f"captions is one text, {captions[:40]!r}: give a list of texts")
-    captions = list(captions)
-    tokens = np.zeros((len(captions), CONTEXT), dtype=np.int64)
-    for row, caption in enumerate(captions):
+    rows: list[list[int]] = []
+    for caption in captions:
         if not isinstance(caption, str):
-            raise TypeError(f"caption {row} is {caption!r}: expected is a text")
-        ids = _encode(caption, mask)[: CONTEXT - 2]
-        tokens[row, : len(ids) + 2] = [START_ID, *ids, END_ID]
+            raise TypeError(f"caption {len(rows)} is {caption!r}: expected is a text")
+        rows.append(_encode(caption, mask))
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    tokens = np.full((len(rows), CONTEXT), PADDING_ID, dtype=np.int64)
+    tokens[:, 0] = START_ID
+    tokens[:, 1:-1][np.arange(CONTEXT - 2) < lengths[:, None]] = np.fromiter(chain.from_iterable(rows), np.int64)
+    tokens[np.arange(len(rows)), lengths + 1] = END_ID
     return torch.from_numpy(tokens)
 
 
 def _encode(caption: str, mask: str) -> list[int]:
-    """The token ids of a caption's words and masks; at least the first 75 of them."""
+    """The token ids of a caption's words and masks, at most the first 75 of them."""
     if not mask or mask not in caption:
-        return _encode_plain(caption)
+        return _encode_plain(caption)[: CONTEXT - 2]
     ids: list[int] = []
     for number, part in enumerate(caption.split(mask)):
         words = _encode_plain(part)
         ids += [MASK_ID] * (number > 0)
         for token in words:
             ids += _mask_word() if token == MASK_ID else [token]
-    return ids
+    return ids[: CONTEXT - 2]
 
 
 def _encode_plain(text: str) -> list[int]:
     """The first token ids of a text without masks, at least 75 where it has so many."""
     pieces = _pieces(text)
     if len(pieces) <= CONTEXT and len(text) <= LONGEST:  # as captions are
-        return list(chain.from_iterable(map(_piece, pieces)))
+        return list(chain.from_iterable(map(_PIECES.__getitem__, pieces)))
     ids: list[int] = []
     for piece in pieces:
-        ids += _piece(piece[:LONGEST])
+        ids += _PIECES[piece[:LONGEST]]
         if len(ids) >= CONTEXT - 2:
             break
     return ids
@@ -76,15 +80,22 @@ def _pieces(text: str) -> list[str]:
     return text.lower().split()
 
 
-@lru_cache(maxsize=2**16)
-def _piece(piece: str) -> tuple[int, ...]:
-    """The token ids of what stands between two spaces (no token spans one), remembered: captions share few words."""
-    bpe = _bpe()
-    ids: list[int] = []
-    for word in bpe.pat.findall(piece):
-        letters = "".join(bpe.byte_encoder[byte] for byte in word.encode("utf-8")[:LONGEST])
-        ids += [bpe.encoder[token] for token in bpe.bpe(letters).split(" ")]
-    return tuple(ids)
+class _Pieces(dict[str, tuple[int, ...]]):
+    """What stands between two spaces → its token ids (no token spans one), remembered: captions share few words."""
+
+    def __missing__(self, piece: str) -> tuple[int, ...]:
+        bpe = _bpe()
+        ids: list[int] = []
+        for word in bpe.pat.findall(piece):
+            letters = "".join(bpe.byte_encoder[byte] for byte in word.encode("utf-8")[:LONGEST])
+            ids += [bpe.encoder[token] for token in bpe.bpe(letters).split(" ")]
+        if len(self) >= REMEMBERED:
+            self.clear()
+        self[piece] = tuple(ids)
+        return self[piece]
+
+
+_PIECES = _Pieces()
 
 
 @lru_cache(maxsize=1)

@@ -273,7 +273,7 @@ class _Run:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         table = annotations[annotations.split == "train"].reset_index(drop=True)
         near = on_device(pixels, self.device) if resides(pixels, self.device) else pixels
-        self.batches = Batches(table, near, tokenize(list(table.caption)), recipe, self.device)
+        self.batches = Batches(table, near, tokenize(table.caption.tolist()), recipe, self.device)
         self.general = pretrained_general(progress) if recipe.pretrained == "general" else None
         self.model = self.initial_model(recipe).to(self.device)
         self.precision = step_precision(recipe.precision, self.device)

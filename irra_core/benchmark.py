@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import pandas as pd
 import torch
 from pandas import DataFrame
 
@@ -15,8 +16,18 @@ from irra_core.batches import Batches
 from irra_core.model import IRRA, build_model
 from irra_core.objective import loss_parts
 from irra_core.recipes import recipe, smoke, unknown
-from irra_core.training import build_optimiser, step_precision
-from irra_core.workloads import LIMIT_SIZES, ON_REQUEST, WORKS, Bench, clock, measure_limits, noise_batches, seconds_of
+from irra_core.training import build_optimiser
+from irra_core.workloads import (
+    LIMIT_SIZES,
+    ON_REQUEST,
+    WORKS,
+    Bench,
+    clock,
+    measure_limits,
+    noise_batches,
+    precisions,
+    seconds_of,
+)
 
 FORMAT = 1  # of benchmark.json
 PARTS = (  # of a training step, in their order
@@ -83,22 +94,27 @@ def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def profile_step(
-    device: str | None = None, repeats: int = 5, root: str | Path | None = None, precision: str | None = None
-) -> DataFrame:
-    """Where a training step of the synthetic recipe spends its time: columns part, seconds (median), share (%).
+def profile_step(device: str | None = None, repeats: int = 5, root: str | Path | None = None) -> DataFrame:
+    """Where a training step of the synthetic recipe spends its time, in each precision that the device computes.
 
-    The backward pass is one part; forward parts are timed call by call, on a GPU waiting for it each time.
+    Columns precision, part, seconds (median), share (%). The backward pass is one part; forward parts are timed call by
+    call, on a GPU waiting for it each time.
     """
     bench = Bench(_device(device), repeats, None, root)
+    return pd.concat([_profile(bench, precision) for precision in precisions(bench.device)], ignore_index=True)
+
+
+def _profile(bench: Bench, precision: str) -> DataFrame:
+    """`profile_step` in one precision."""
+    repeats = bench.repeats
     chosen = recipe("synthetic", pretrained="none", batch_size=bench.size("batch", 64, 4))
-    precision = step_precision(precision or chosen.precision, bench.device)
     batches = noise_batches(bench, chosen, chosen.batch_size * (repeats + 1))
     model = build_model(chosen, 500).to(bench.device).train()
     optimiser = build_optimiser(model, chosen)
     found = [_step_parts(batches, step, model, optimiser, precision, bench.device) for step in range(repeats + 1)][1:]
     seconds = [median(parts[name] for parts in found) for name in PARTS]
-    return DataFrame({"part": PARTS, "seconds": seconds, "share": [100 * s / sum(seconds) for s in seconds]})
+    shares = [100 * part / sum(seconds) for part in seconds]
+    return DataFrame({"precision": precision, "part": PARTS, "seconds": seconds, "share": shares})
 
 
 def _step_parts(batches: Batches, number: int, model: IRRA, optimiser, precision: str, device) -> dict[str, float]:
@@ -214,8 +230,9 @@ def machine_line(result: Mapping[str, Any]) -> str:
     device = f"{machine['processor']}, {machine['cores']} cores, torch threads: {machine['threads']}"
     if machine["device"] != "cpu":
         device = f"{machine['device']} ({device})"
+    bf16 = f"{limits['bf16'] / 1e9:,.0f} in bf16" if "bf16" in limits else "no bf16"
     return (
         f"{device}; torch {machine['packages']['torch']}. Measured limits: {limits['fp32'] / 1e9:,.0f} GFLOP/s in "
-        f"fp32, {limits['bf16'] / 1e9:,.0f} in bf16, {limits['memory'] / 1e9:.1f} GB/s copied. Median "
+        f"fp32, {bf16}, {limits['memory'] / 1e9:.1f} GB/s copied. Median "
         f"of {times} in turns (best in brackets); load average {loads[0]:.1f} to {loads[-1]:.1f}."
     )

@@ -324,7 +324,7 @@ def _planes(image: Image.Image) -> UInt8[np.ndarray, "3 h w"]:
         rows = pyarrow.array(image).values.to_numpy().reshape(image.height, image.width, -1)
     except ValueError:  # an image beyond 16 MB lies in several pieces
         rows = np.asarray(image)
-    return np.ascontiguousarray(rows[..., :3].transpose(2, 0, 1))
+    return np.array(rows[..., :3].transpose(2, 0, 1), order="C")
 
 
 def open_annotations(

@@ -170,9 +170,17 @@ def half_weights(model: torch.nn.Module) -> torch.nn.Module:
 def step_precision(precision: str, device: torch.device) -> str:
     """The arithmetic of a training step: `auto` is bf16 autocast on a GPU or CPU with bf16 instructions, else fp32.
 
-    Scores are computed in fp32 on every CPU, so that two machines rank alike. bf16 halves the small model's step.
+    Scores are computed in fp32 on every CPU, so that two machines rank alike. bf16 halves the small model's step; warns
+    where it is asked for and only imitated.
     """
-    return precision if precision != "auto" else "bf16" if computes_bf16(device) else "fp32"
+    able = computes_bf16(device)
+    if precision == "bf16" and not able:
+        warnings.warn(
+            "precision bf16: this device has no instructions for it and imitates them, on a CPU a hundred times as "
+            "slowly; take precision auto or fp32",
+            stacklevel=2,
+        )
+    return precision if precision != "auto" else "bf16" if able else "fp32"
 
 
 def resides(pixels: UInt8[np.ndarray, "n 3 h w"], device: torch.device) -> bool:

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from irra_core import released, runs
 from irra_core.annotations import photo_table
 from irra_core.batches import Batch, Batches
-from irra_core.evaluation import encode_images, evaluate
+from irra_core.evaluation import computes_bf16, encode_images, evaluate
 from irra_core.images import cache_root, image_array, open_annotations
 from irra_core.linear import linear
 from irra_core.metrics import query_metrics_from_features, retrieval_metrics
@@ -46,6 +46,7 @@ CUHK_TRAIN = {"photos": 34_054, "captions": 68_126, "people": 11_003}
 FEATURE_WIDTH = 512  # ViT-B/16's
 LIMIT_SIZES = {"cpu": (1_536, 2**28), "cuda": (8_192, 2**30)}  # side of the square matrices, bytes copied
 DENSE_BF16 = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}  # FLOP/s by their data sheets
+NO_BF16 = "this device has no instructions for bf16"
 GIB = 2**30
 IMPORT = "import time; t = time.perf_counter(); import irra_core; print(time.perf_counter() - t)"
 READY = "import torch; import irra_core as irra; irra.train, irra.build_model, irra.Gallery"
@@ -137,10 +138,11 @@ class Bench:
 
 
 def measure_limits(device: torch.device) -> dict[str, float]:
-    """The best of ten: FLOP/s of a large matrix product in fp32 and bf16, bytes/s of a copy (read and written)."""
+    """The best of ten: FLOP/s of a large matrix product in each of `precisions`, bytes/s read and written by a copy."""
     side, size = LIMIT_SIZES[device.type] if not smoke() else (256, 2**20)
     found = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    for name in precisions(device):
+        dtype = torch.bfloat16 if name == "bf16" else torch.float32
         left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         seconds = interleave({"product": lambda a=left, b=right: linear(a, b)}, 10, device)["product"]
         found[name] = 2 * side**3 / min(seconds)
@@ -148,6 +150,11 @@ def measure_limits(device: torch.device) -> dict[str, float]:
     target = torch.empty_like(source)
     seconds = interleave({"copy": lambda: target.copy_(source)}, 10, device)["copy"]
     return found | {"memory": 2 * size / min(seconds)}
+
+
+def precisions(device: torch.device) -> tuple[str, ...]:
+    """In which arithmetic a step is timed: bf16 too where the device has it. Imitated, it would take minutes."""
+    return ("bf16", "fp32") if computes_bf16(device) else ("fp32",)
 
 
 def interleave(
@@ -198,11 +205,14 @@ def paper_step(bench: Bench) -> list[Row]:
 
 
 def _step_rows(bench: Bench, work: str, chosen: Recipe, people: int, targets: Mapping[str, Target]) -> list[Row]:
-    """A row a precision: our step as users run it, in turns with the released one on the same batch and weights."""
+    """A row a precision: our step as users run it, in turns with the released one on the same batch and weights.
+
+    A precision that the device has no instructions for is not measured.
+    """
     batch = _batch(bench, chosen)
     model = build_model(chosen, people).to(bench.device).train()
     optimiser = build_optimiser(model, chosen)
-    objectives = {precision: Objective(model, chosen, precision) for precision in ("bf16", "fp32")}
+    objectives = {precision: Objective(model, chosen, precision) for precision in precisions(bench.device)}
     calls = {name: lambda o=objective: optimise(o, optimiser, batch) for name, objective in objectives.items()}
     if bench.code:
         theirs = released.build(bench.code, model, chosen, bench.device).train()
@@ -220,11 +230,12 @@ def _step_rows(bench: Bench, work: str, chosen: Recipe, people: int, targets: Ma
             work=work,
             what=f"training step, {shape}, {precision}{', what the recipe takes here' if precision == own else ''}",
             unit="s",
-            ours=seconds[precision],
+            ours=seconds.get(precision),
             other=seconds.get("released"),
             target=targets.get(precision),
             limit=precision,
-            reached=counted.get_total_flops() / median(seconds[precision]),
+            reached=counted.get_total_flops() / median(seconds[precision]) if precision in seconds else None,
+            note="" if precision in seconds else NO_BF16,
         )
         for precision in ("bf16", "fp32")
     ]
@@ -587,8 +598,8 @@ def gpu(bench: Bench) -> list[Row]:
     captions, photos = (bench.size(name, CUHK_TRAIN[name], 24) for name in ("captions", "photos"))
     batches = noise_batches(bench, chosen, captions, photos)
     model = build_model(chosen, bench.size("people", CUHK_TRAIN["people"], 24)).to(bench.device).train()
-    optimiser = build_optimiser(model, chosen)
-    objective = Objective(model, chosen, step_precision(chosen.precision, bench.device))
+    optimiser, precision = build_optimiser(model, chosen), step_precision(chosen.precision, bench.device)
+    objective = Objective(model, chosen, precision)
 
     def steps(count: int) -> None:
         for number in range(count):
@@ -601,7 +612,7 @@ def gpu(bench: Bench) -> list[Row]:
     name = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else ""
     limit = next((rate for card, rate in DENSE_BF16.items() if card in name), None)
     peak.note = "" if limit else "of a measured matrix product, the data sheet not being known"
-    limit = limit or measure_limits(bench.device)["bf16"]
+    limit = limit or measure_limits(bench.device)[precision]
     train.ours, whole.ours = [captions / seconds], [seconds]
     peak.ours = [100 * counted.get_total_flops() * count / seconds / limit]
     idle.ours = _idle(lambda: steps(min(count, 20)), bench.device)

@@ -366,6 +366,17 @@ def test_the_array_cannot_be_written_to(tmp_path):
         pixels[0] = 0
 
 
+@pytest.mark.parametrize("size", [(1, 1), (128, 384), (33, 7), (2500, 2000)])  # the last lies in several pieces
+def test_the_planes_of_an_image_are_its_bands(size):
+    drawn = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    image = Image.fromarray(drawn)
+    planes = module._planes(image)
+    assert np.array_equal(planes, drawn.transpose(2, 0, 1))
+    assert planes.flags.c_contiguous
+    image.putpixel((0, 0), (255 - drawn[0, 0, 0],) * 3)
+    assert planes[0, 0, 0] == drawn[0, 0, 0]  # a copy: Pillow may use its memory again
+
+
 @pytest.mark.parametrize("change", ["content", "time", "order", "size", "folder"])
 def test_another_array_is_made_when_the_files_change(tmp_path, change):
     paths, size = photos(tmp_path / "one"), (HEIGHT, WIDTH)

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer
 
+from irra_core import text as module
 from irra_core.text import CONTEXT, END_ID, MASK_ID, START_ID, VOCABULARY, detokenize_words, mask_tokens, tokenize, trim
 
 CLIP = SimpleTokenizer()
@@ -67,6 +68,14 @@ def test_a_word_without_end_has_clips_first_tokens():
 @pytest.mark.parametrize("caption", ["", "   ", "\n\t", "\0"])
 def test_an_empty_caption_is_start_and_end(caption):
     assert tokenize([caption])[0].tolist() == [START_ID, END_ID] + [0] * 75
+
+
+def test_only_so_many_pieces_of_text_are_remembered(monkeypatch):
+    monkeypatch.setattr(module, "REMEMBERED", 3)
+    monkeypatch.setattr(module, "_PIECES", module._Pieces())
+    captions = ["a man in red shoes who walks past two parked cars"] * 2
+    assert torch.equal(tokenize(captions), CLIP(captions))
+    assert 0 < len(module._PIECES) <= 3
 
 
 def test_no_captions_give_no_rows():

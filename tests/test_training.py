@@ -52,8 +52,8 @@ def official_names(model):
 
 def test_twenty_steps_follow_the_released_losses():
     """Rounding grows about twofold a step here: in float64 the last losses differ from the released fp32 ones by 1.4 %,
-    in fp32 by 0.4 to 2.1 % with the number of threads and torch's version. So the first steps are held tightly, the
-    last ones loosely."""
+    in fp32 by 0.4 to 4.2 % with the number of threads, torch's version and the processor's instructions. So the first
+    steps are held tightly, the last ones loosely."""
     given = np.load(REFERENCE / "irra_reference.npz")
     model = irra.load_official(REFERENCE / "irra_tiny.pth", (64, 32), 16)
     recipe = irra.recipe("cuhk", preset="released", lr=1e-3, precision="fp32")
@@ -64,7 +64,7 @@ def test_twenty_steps_follow_the_released_losses():
         *batch, pids = batches[step % 4]
         parts = total_loss(model(*batch), pids, recipe)
         assert [parts[name].item() for name in ("sdm", "id", "mlm")] == pytest.approx(
-            expected, rel=1e-3 if step < 10 else 0.03
+            expected, rel=1e-3 if step < 10 else 0.06
         ), step
         optimiser.zero_grad()
         sum(parts.values()).backward()
@@ -288,6 +288,8 @@ def test_a_step_takes_bf16_where_the_processor_has_it_and_fp32_where_it_does_not
         assert training.step_precision("fp32", cpu) == "fp32"
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert training.step_precision("auto", cpu) == "fp32"
+    with pytest.warns(UserWarning, match="precision bf16: this device has no instructions for it"):
+        assert training.step_precision("bf16", cpu) == "bf16"
     for able, expected in ((True, "bf16"), (False, "fp32")):  # the GPU's own instructions, not their imitation
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, able=able: able)
         assert training.step_precision("auto", torch.device("cuda")) == expected
@@ -309,6 +311,7 @@ def test_the_array_is_kept_on_a_gpu_where_it_takes_an_eighth_of_the_free_memory(
     assert not training.resides(pixels, torch.device("cpu"))
 
 
+@pytest.mark.filterwarnings("ignore:precision bf16")
 def test_what_a_bf16_run_learns_stays_near_fp32_and_its_machine_says_bf16(annotations, tmp_path, tiny):
     rows = {}
     for precision in ("fp32", "bf16"):

@@ -93,9 +93,16 @@ def test_equal_losses_are_accepted_and_the_model_attends_as_before(bench):
         workloads._check_same_losses(model, batch, chosen, theirs)
 
 
-def test_a_step_is_timed_in_both_precisions_and_its_arithmetic_counted(bench):
+@pytest.mark.parametrize("able", [True, False])
+def test_a_step_is_timed_in_the_precisions_that_the_device_has_and_its_arithmetic_counted(able, bench, monkeypatch):
+    monkeypatch.setattr(workloads, "computes_bf16", lambda device: able)
     rows = workloads.small_step(bench)
     assert [row.limit for row in rows] == ["bf16", "fp32"]
+    if not able:
+        imitated, *rows = rows
+        assert imitated.ours is None
+        assert imitated.note == "this device has no instructions for bf16"
+        assert imitated.to_dict({})["met"] is None
     for row in rows:
         assert len(row.ours) == 2
         assert row.other is None

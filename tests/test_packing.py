@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_objective import gradients, setting
 
+from irra_core.interaction import build_interaction
 from irra_core.model import IRRA
 from irra_core.objective import Objective
 from irra_core.packing import Packing
@@ -69,6 +70,18 @@ def test_the_same_rows_twice_and_rows_with_more_tokens_are_packed_alike(lengths)
     assert torch.equal(joined.pack(torch.cat([tokens, others], 1)), both)
     assert torch.equal(joined.pad(both)[:, 5:], others)
     assert torch.equal(joined.pick(both, at[: len(lengths)])[:, 0], tokens[:, 0])
+
+
+@pytest.mark.parametrize("kind", ["cross", "co", "merged"])
+def test_an_interaction_encoder_gives_packed_words_the_states_of_padded_ones(kind, lengths):
+    torch.manual_seed(0)
+    encoder, packing = build_interaction(kind, 64, 2).double(), Packing.of(lengths, 5, CPU)
+    words, patches = rows(lengths, dim=64), rows(lengths, length=7, dim=64)
+    known = torch.arange(5) < torch.tensor(lengths, dtype=torch.long)[:, None]
+    expected = encoder(words, patches, known)
+    found = encoder(packing.pack(words), patches, known, packing=packing)
+    assert found.shape == expected.shape
+    torch.testing.assert_close(real(found, lengths), real(expected, lengths), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("case", ["every loss", "co", "merged"])

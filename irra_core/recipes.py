@@ -100,7 +100,7 @@ class Recipe:
     weight_decay: float = _number(4e-5, "released; biases have none", least=0.0)
     adam_beta1: float = _number(0.9, "paper", least=0.0, below=1.0)
     adam_beta2: float = _number(0.999, "paper", least=0.0, below=1.0)
-    adam_eps: float = _number(1e-8, "torch's default; the released code writes 1e-3", least=0.0)
+    adam_eps: float = _number(1e-8, "torch's default; the released code writes 1e-3", above=0.0)
     warmup_epochs: int = _number(5, "paper", least=0)
     warmup_factor: float = _number(0.1, "paper: the first epoch's share of lr", least=0.0, most=1.0)
     evaluate_every: int | None = _number(None, "none: once an epoch; else steps between evaluations", least=1)

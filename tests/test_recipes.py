@@ -95,6 +95,7 @@ def test_a_recipe_survives_json():
         ({"lr": 0.0}, ValueError, ["'lr' is 0.0", "above 0.0"]),
         ({"lr": 10**400}, ValueError, ["'lr' is 1000", "(401 characters)", "above 0.0 and at most 1.8e+308"]),
         ({"lr": -(10**400)}, ValueError, ["'lr' is -1000", "above 0.0"]),
+        ({"adam_eps": 0.0}, ValueError, ["'adam_eps' is 0.0", "above 0.0"]),
         ({"adam_beta1": 1.0}, ValueError, ["'adam_beta1' is 1.0", "at least 0.0 and below 1.0"]),
         ({"adam_beta2": 1}, ValueError, ["'adam_beta2' is 1.0", "at least 0.0 and below 1.0"]),
         ({"adam_beta1": -0.1}, ValueError, ["'adam_beta1' is -0.1", "at least 0.0 and below 1.0"]),

@@ -87,7 +87,7 @@ def evaluate(
         shown = image_array(list(photos.path), height, width, progress=progress).pixels[mine]
     else:
         shown = pixels[photos.image_id.to_numpy()[mine]]
-    with _scoring(model):
+    with scoring(model):
         image = encode_images(model, shown, precision=precision, progress=progress)
         text = encode_texts(model, my_captions, precision=precision, progress=progress)
     image, text = team.gathered(image, len(photos)), team.gathered(text, len(queries))
@@ -213,7 +213,7 @@ def _encoded(model, encode, count: int, batch_size: int, precision: str, progres
     bar = progress(total=count, unit=unit, leave=False) if progress else None
     parts, before = [], None
     try:
-        with _scoring(model), torch.inference_mode(), autocast(device, precision):
+        with scoring(model), torch.inference_mode(), autocast(device, precision):
             for start in range(0, max(count, 1), batch_size):  # of no rows, features of the right width
                 parts.append(F.normalize(encode(start).float(), dim=1))
                 if device.type == "cuda":
@@ -229,7 +229,7 @@ def _encoded(model, encode, count: int, batch_size: int, precision: str, progres
 
 
 @contextlib.contextmanager
-def _scoring(model) -> Iterator[None]:
+def scoring(model) -> Iterator[None]:
     """Within, the model is not in training mode; afterwards it is in the mode that it was in."""
     training = model.training
     if training:  # a model has hundreds of parts, each of which is told

@@ -245,10 +245,10 @@ def _write(file: BinaryIO, files: list[str], shape: tuple[int, int, int, int], p
     def keep(place: int, image: Decoded | str) -> bytes | str:
         if isinstance(image, str):
             return image
-        at = start + place * size
-        rest = size - os.pwrite(file.fileno(), image.pixels, at)
-        while rest:  # where the disk is full a part is taken, and the next call says why
-            rest -= os.pwrite(file.fileno(), image.pixels.tobytes()[-rest:], at + size - rest)
+        content, at = memoryview(image.pixels).cast("B"), start + place * size
+        while content:  # where the disk is full a part is taken, and the next call says why
+            written = os.pwrite(file.fileno(), content, at)
+            content, at = content[written:], at + written
         return image.digest
 
     digest, unreadable = hashlib.blake2b(f"{VERSION} {shape}".encode(), digest_size=16), {}

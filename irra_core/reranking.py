@@ -5,7 +5,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int, UInt8
 from torch import Tensor
 
-from irra_core.evaluation import autocast
+from irra_core.evaluation import autocast, scoring
 from irra_core.images import normalise
 from irra_core.text import MASK_ID, detokenize_words, tokenize
 
@@ -111,12 +111,7 @@ def _likelihood(
 ) -> Float[Tensor, " n"]:
     """The summed log-likelihood of the hidden tokens, in nats, for each image."""
     masked, labels = (row.to(images.device).expand(len(images), -1) for row in (masked, labels))
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode(), autocast(images.device, precision):
-            found = model(images, masked, masked, labels)
-    finally:
-        model.train(training)
+    with scoring(model), torch.inference_mode(), autocast(images.device, precision):
+        found = model(images, masked, masked, labels)
     right = found.word_logits.float().log_softmax(1).gather(1, found.word_labels[:, None])
     return right.view(len(images), -1).sum(1)

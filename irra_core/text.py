@@ -36,7 +36,7 @@ def tokenize(captions: Iterable[str], mask: str = "[MASK]") -> Int[Tensor, "n 77
     for caption in captions:
         if not isinstance(caption, str):
             raise TypeError(f"caption {len(rows)} is {caption!r}: expected is a text")
-        rows.append(_encode(caption, mask))
+        rows.append(_encode(caption, mask)[: CONTEXT - 2])
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     tokens = np.full((len(rows), CONTEXT), PADDING_ID, dtype=np.int64)
     tokens[:, 0] = START_ID
@@ -46,16 +46,16 @@ def tokenize(captions: Iterable[str], mask: str = "[MASK]") -> Int[Tensor, "n 77
 
 
 def _encode(caption: str, mask: str) -> list[int]:
-    """The token ids of a caption's words and masks, at most the first 75 of them."""
+    """The token ids of a caption's words and masks; at least the first 75 of them."""
     if not mask or mask not in caption:
-        return _encode_plain(caption)[: CONTEXT - 2]
+        return _encode_plain(caption)
     ids: list[int] = []
     for number, part in enumerate(caption.split(mask)):
         words = _encode_plain(part)
         ids += [MASK_ID] * (number > 0)
         for token in words:
             ids += _mask_word() if token == MASK_ID else [token]
-    return ids[: CONTEXT - 2]
+    return ids
 
 
 def _encode_plain(text: str) -> list[int]:

@@ -11,9 +11,8 @@ import shutil
 import stat
 import sys
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -38,10 +37,10 @@ ERASED_AREA = (0.02, 0.4)  # released code; share of the image
 ERASED_RATIO = (0.3, 3.3)  # torchvision's default; height over width
 ERASE_ATTEMPTS = 10  # torchvision's; a box that does not fit is drawn again
 
-VERSION = 1  # of what decoding does to a picture: arrays of another version are not used
-GROUP = 8  # images that a thread takes at once: handing over single ones costs 5 % of the time
+VERSION = 2  # of what decoding does to a picture: arrays of another version are not used
+GROUP = 8  # neighbouring images that a thread takes at once
+PAUSE = 0.1  # seconds between two looks at how far the threads are
 MOST_UNREADABLE = 0.01  # of a data set's photos; with more, a run does not begin
-WAITING = 64  # groups a core that may wait for their reader, which sometimes waits for the disk
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # what flock says where there are none
 SYNC_BYTES = 2**24  # written through to the disk at once, while the cores decode on: the end then waits for little
 
@@ -62,7 +61,7 @@ class UnreadableImages(ValueError):
 class ImageArray(NamedTuple):
     """Decoded images: `pixels` are memory-mapped and read-only.
 
-    `digest` is the BLAKE2b, in hex, of the files' bytes, in their order, and of the array's shape and version: where
+    `digest` is the SHA-256, in hex, of the files' bytes, in their order, and of the array's shape and version: where
     the files lie and when they were written does not matter.
     """
 
@@ -242,89 +241,120 @@ def _write(file: BinaryIO, files: list[str], shape: tuple[int, int, int, int], p
     file.flush()
     start, size = file.tell(), math.prod(shape[1:])
 
-    def keep(place: int, image: Decoded | str) -> bytes | str:
-        if isinstance(image, str):
-            return image
-        content, at = memoryview(image.pixels).cast("B"), start + place * size
-        while content:  # where the disk is full a part is taken, and the next call says why
-            written = os.pwrite(file.fileno(), content, at)
-            content, at = content[written:], at + written
-        return image.digest
-
-    digest, unreadable = hashlib.blake2b(f"{VERSION} {shape}".encode(), digest_size=16), {}
+    digests, waiting = [b""] * len(files), 0
     bar = progress(total=len(files), desc="decoding images", unit="image") if progress else None
+
+    def keep(place: int, pixels: UInt8[np.ndarray, "3 h w"], digest: bytes) -> None:
+        digests[place] = digest
+        left, at = memoryview(pixels).cast("B"), start + place * size
+        while left:  # where the disk is full a part is taken, and the next call says why
+            written = os.pwrite(file.fileno(), left, at)
+            left, at = left[written:], at + written
+
+    def meanwhile(newly: int) -> None:
+        nonlocal waiting
+        waiting += newly * size
+        if waiting >= SYNC_BYTES:
+            os.fsync(file.fileno())
+            waiting = 0
+        if bar is not None:
+            bar.update(newly)
+
     try:
-        for place, kept in enumerate(decode_images(files, *shape[2:], keep)):
-            if isinstance(kept, str):
-                unreadable[files[place]] = kept
-            else:
-                digest.update(kept)
-            if (place + 1) % max(1, SYNC_BYTES // size) == 0:
-                os.fsync(file.fileno())
-            if bar is not None:
-                bar.update(1)
+        unreadable = decode_images(files, *shape[2:], keep, meanwhile)
     finally:
         if bar is not None:
             bar.close()
     if unreadable:
         raise UnreadableImages(unreadable)
     os.fsync(file.fileno())
-    return digest.hexdigest()
-
-
-class Decoded(NamedTuple):
-    """A decoded image, and the digest of the file's own bytes."""
-
-    pixels: UInt8[np.ndarray, "3 h w"]
-    digest: bytes
+    return hashlib.sha256(f"{VERSION} {shape}".encode() + b"".join(digests)).hexdigest()
 
 
 def decode_images(
-    files: list[str], height: int, width: int, keep: Callable[[int, Decoded | str], Any] | None = None
-) -> Iterator[Any]:
-    """Each file's `Decoded` or the reason why there is none, in order, decoded on all cores, a few ahead of the reader.
+    files: list[str],
+    height: int,
+    width: int,
+    keep: Callable[[int, UInt8[np.ndarray, "3 h w"], bytes], None],
+    meanwhile: Callable[[int], Any] | None = None,
+) -> dict[str, str]:
+    """Decode the files on all cores; gives those that cannot be read, in their order, each with the reason.
 
-    `keep` takes each with its place, on all cores too, while it is in the core's cache; what it gives is yielded in its
-    stead.
+    `keep` takes a file's place, its pixels and its bytes' digest, in the thread that has decoded it, while they are in
+    that core's cache. The pixels are overwritten with the thread's next image: what is to stay has to be copied.
+    `meanwhile` is told in the calling thread, every PAUSE and at the end, how many files more are done.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    starts = iter(range(0, len(files), GROUP))
+    done: list[int] = []
+    unreadable: dict[int, str] = {}
+    told = 0
 
-    def decoded(start: int) -> list[Any]:
-        images = (_decode(file, height, width) for file in files[start : start + GROUP])
-        return [keep(start + place, image) if keep else image for place, image in enumerate(images)]
+    def decode() -> None:
+        pixels = np.empty((3, height, width), np.uint8)
+        try:
+            for start in starts:
+                for place, file in enumerate(files[start : start + GROUP], start):
+                    digest = _decode(file, pixels)
+                    if isinstance(digest, str):
+                        unreadable[place] = digest
+                    else:
+                        keep(place, pixels, digest)
+                    done.append(place)
+        finally:
+            stop()
 
-    waiting: deque[Future] = deque()
+    def stop() -> None:
+        """Leave the other threads nothing to begin, whatever ended this one."""
+        for _ in starts:
+            pass
+
     with ThreadPoolExecutor(cores) as pool:  # threads: Pillow decodes and resizes without the interpreter's lock
-        for start in range(0, len(files), GROUP):
-            waiting.append(pool.submit(decoded, start))
-            if len(waiting) > WAITING * cores:
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
+        threads = [pool.submit(decode) for _ in range(cores)]
+        try:
+            running = True
+            while running:
+                running = bool(wait(threads, PAUSE).not_done)
+                if meanwhile:
+                    newly = len(done) - told
+                    meanwhile(newly)
+                    told += newly
+        finally:
+            stop()
+    for thread in threads:
+        thread.result()
+    return {files[place]: unreadable[place] for place in sorted(unreadable)}
 
 
-def _decode(file: str, height: int, width: int) -> Decoded | str:
-    """The photo resized bilinearly with antialias; or the reason why there is none."""
+def decoded_array(files: list[str], height: int, width: int) -> tuple[UInt8[np.ndarray, "n 3 h w"], dict[str, str]]:
+    """The images that can be read, in their order, and why the others cannot: path → reason."""
+    pixels = np.empty((len(files), 3, height, width), np.uint8)
+    unreadable = decode_images(files, height, width, lambda place, image, _: np.copyto(pixels[place], image))
+    return (pixels[[file not in unreadable for file in files]] if unreadable else pixels), unreadable
+
+
+def _decode(file: str, pixels: UInt8[np.ndarray, "3 h w"]) -> bytes | str:
+    """Fill `pixels` with the photo, resized bilinearly with antialias; gives its digest, or why there is none."""
     photo = read_photo(file)
     if isinstance(photo, str):
         return photo
-    image = photo.image
-    if image.size != (width, height):  # else resize would copy
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    return Decoded(_planes(image), photo.digest)
+    image, size = photo.image, pixels.shape[:0:-1]
+    if image.size != size:  # else resize would copy
+        image = image.resize(size, Image.Resampling.BILINEAR)
+    pixels[:] = _rows(image).transpose(2, 0, 1)
+    return photo.digest
 
 
-def _planes(image: Image.Image) -> UInt8[np.ndarray, "3 h w"]:
-    """Red, green and blue of an RGB image, copied out of Pillow's memory while other threads run.
+def _rows(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
+    """An RGB image's pixels as they lie in Pillow's memory, to be copied while other threads run.
 
     Arrow's protocol hands that memory over as it is, red, green, blue and a byte of nothing; Pillow's own ways out hold
     the interpreter's lock, for which the other cores would wait.
     """
     try:
-        rows = pyarrow.array(image).values.to_numpy().reshape(image.height, image.width, -1)
+        return pyarrow.array(image).values.to_numpy().reshape(image.height, image.width, -1)[..., :3]
     except ValueError:  # an image beyond 16 MB lies in several pieces
-        rows = np.asarray(image)
-    return np.array(rows[..., :3].transpose(2, 0, 1), order="C")
+        return np.asarray(image)
 
 
 def open_annotations(
@@ -389,11 +419,10 @@ def load_images(paths: Iterable[str | Path], recipe: Recipe) -> Float[Tensor, "n
     height, width = recipe.image_height, recipe.image_width
     if not files:
         return torch.empty(0, 3, height, width)
-    images = list(decode_images(files, height, width))
-    unreadable = {file: image for file, image in zip(files, images, strict=True) if isinstance(image, str)}
+    pixels, unreadable = decoded_array(files, height, width)
     if unreadable:
         raise UnreadableImages(unreadable)
-    return normalise(torch.from_numpy(np.stack([image.pixels for image in images])))
+    return normalise(torch.from_numpy(pixels))
 
 
 def on_device(pixels: UInt8[np.ndarray, "n 3 h w"], device: torch.device) -> UInt8[Tensor, "n 3 h w"]:

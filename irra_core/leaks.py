@@ -33,16 +33,14 @@ def photo_hashes(paths: Iterable[str | Path], progress=None) -> UInt8[np.ndarray
     again, resized or slightly cropped keep most bits; mirrored ones do not. Raises UnreadableImages, naming every file.
     """
     files = [str(path) for path in paths]
-    hashes, unreadable = np.zeros((len(files), SIDE**2 // 8), dtype=np.uint8), {}
+    hashes = np.zeros((len(files), SIDE**2 // 8), dtype=np.uint8)
     bar = progress(total=len(files), desc="hashing photos", unit="photo") if progress else None
+
+    def keep(place: int, pixels: UInt8[np.ndarray, "3 h w"], _: bytes) -> None:
+        hashes[place] = _hash(pixels)
+
     try:
-        for place, image in enumerate(decode_images(files, *SIZE)):
-            if isinstance(image, str):
-                unreadable[files[place]] = image
-            else:
-                hashes[place] = _hash(image.pixels)
-            if bar:
-                bar.update(1)
+        unreadable = decode_images(files, *SIZE, keep, bar.update if bar else None)
     finally:
         if bar:
             bar.close()

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet
 import torch
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32
 from pandas import DataFrame
 from safetensors import SafetensorError, safe_open
 
@@ -20,7 +20,7 @@ from irra_core.backbone import CHECKSUM, checksum
 from irra_core.checkpoints import replaced, save_tensors
 from irra_core.distributed import ALONE, Team, member
 from irra_core.evaluation import encode_images, encode_texts
-from irra_core.images import UnreadableImages, decode_images
+from irra_core.images import UnreadableImages, decoded_array
 from irra_core.milvus import Milvus, is_milvus
 from irra_core.nearest import GRAPH, Memory, Shard
 from irra_core.recipes import Recipe, unknown
@@ -151,7 +151,7 @@ class Gallery:
             found = reciprocal_scores(scores[first], self._store.features_of(ids[first]))
         else:
             paths = list(self._store.rows(ids[first]).path)
-            pixels, unreadable = _read(paths, self.model.image_size)
+            pixels, unreadable = decoded_array(paths, *self.model.image_size)
             if unreadable:
                 raise UnreadableImages(unreadable)
             found = word_scores(self.model, query, pixels, scores[first], self.precision)
@@ -440,7 +440,7 @@ def _encoded(model, photos: DataFrame, precision: str, unreadable: list[tuple[st
     try:
         for start in range(0, len(photos), SHARD):
             shard = photos[start : start + SHARD]
-            pixels, reasons = _read(list(shard.path), model.image_size)
+            pixels, reasons = decoded_array(list(shard.path), *model.image_size)
             unreadable += reasons.items()
             if len(pixels):
                 shard = shard[~shard.path.isin(reasons)].reset_index(drop=True)
@@ -452,14 +452,6 @@ def _encoded(model, photos: DataFrame, precision: str, unreadable: list[tuple[st
     finally:
         if bar:
             bar.close()
-
-
-def _read(paths: list[str], size: tuple[int, int]) -> tuple[UInt8[np.ndarray, "n 3 h w"], dict[str, str]]:
-    """The photos that can be read, decoded, and why the others cannot."""
-    images = list(decode_images(paths, *size))
-    decoded = [image.pixels for image in images if not isinstance(image, str)]
-    reasons = {path: image for path, image in zip(paths, images, strict=True) if isinstance(image, str)}
-    return np.stack(decoded) if decoded else np.empty((0, 3, *size), np.uint8), reasons
 
 
 def _written(shards: Iterable[Shard], folder: Path, team: Team) -> Iterator[Shard]:

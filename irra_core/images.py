@@ -352,9 +352,10 @@ def _rows(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
     the interpreter's lock, for which the other cores would wait.
     """
     try:
-        return pyarrow.array(image).values.to_numpy().reshape(image.height, image.width, -1)[..., :3]
+        memory = pyarrow.array(image).buffers()[-1]
     except ValueError:  # an image beyond 16 MB lies in several pieces
         return np.asarray(image)
+    return np.frombuffer(memory, np.uint8, 4 * math.prod(image.size)).reshape(image.height, image.width, 4)[..., :3]
 
 
 def open_annotations(

@@ -14,6 +14,7 @@ CONTEXT = 77  # tokens a caption, start and end included
 VOCABULARY = 49408
 MASK_ID = 49405  # as in the released code; in CLIP's vocabulary it is the word "jekyll"
 START_ID, END_ID, PADDING_ID = 49406, 49407, 0
+START = "<start_of_text>"  # the tokeniser's name of START_ID
 REMEMBERED = 2**16  # pieces of text whose token ids are kept
 LONGEST = 3000  # letters of a word; 75 tokens of at most 32 bytes end before, and time grows with the square
 
@@ -32,17 +33,45 @@ def tokenize(captions: Iterable[str], mask: str = "[MASK]") -> Int[Tensor, "n 77
     """
     if isinstance(captions, str):
         raise TypeError(f"captions is one text, {captions[:40]!r}: give a list of texts")
+    captions = list(captions)
+    ids, lengths = _of_plain(captions, mask) or _of_any(captions, mask)
+    kept = np.minimum(lengths, CONTEXT - 2)
+    if len(ids) > kept.sum():
+        place = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        ids = ids[place < CONTEXT - 2]
+    tokens = np.full((len(captions), CONTEXT), PADDING_ID, dtype=np.int64)
+    tokens[:, 0] = START_ID
+    tokens[:, 1:-1][np.arange(CONTEXT - 2) < kept[:, None]] = ids
+    tokens[np.arange(len(captions)), kept + 1] = END_ID
+    return torch.from_numpy(tokens)
+
+
+def _of_plain(captions: list, mask: str) -> tuple[Int[np.ndarray, " ids"], Int[np.ndarray, " captions"]] | None:
+    """All captions' token ids in a row and how many each has; None unless every one is plain, as nearly all are.
+
+    Plain texts need no mending and hold no mask, no long word and no "<", with which the tokeniser's own words begin:
+    with START before each, all are split and looked up at once.
+    """
+    try:
+        text = " ".join(captions)
+    except TypeError:  # one is no text
+        return None
+    if "<" in text or not _is_plain(text) or (mask and mask in text) or max(map(len, captions), default=0) > LONGEST:
+        return None
+    text = f" {START} ".join(["", *captions])
+    ids = np.fromiter(chain.from_iterable(map(_PIECES.__getitem__, text.lower().split())), np.int64)
+    starts = np.flatnonzero(ids == START_ID)
+    return ids[ids != START_ID], np.diff(starts, append=len(ids)) - 1
+
+
+def _of_any(captions: list, mask: str) -> tuple[Int[np.ndarray, " ids"], Int[np.ndarray, " captions"]]:
+    """`_of_plain` of captions one by one, whatever they hold."""
     rows: list[list[int]] = []
     for caption in captions:
         if not isinstance(caption, str):
             raise TypeError(f"caption {len(rows)} is {caption!r}: expected is a text")
         rows.append(_encode(caption, mask)[: CONTEXT - 2])
-    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-    tokens = np.full((len(rows), CONTEXT), PADDING_ID, dtype=np.int64)
-    tokens[:, 0] = START_ID
-    tokens[:, 1:-1][np.arange(CONTEXT - 2) < lengths[:, None]] = np.fromiter(chain.from_iterable(rows), np.int64)
-    tokens[np.arange(len(rows)), lengths + 1] = END_ID
-    return torch.from_numpy(tokens)
+    return np.fromiter(chain.from_iterable(rows), np.int64), np.fromiter(map(len, rows), np.int64, len(rows))
 
 
 def _encode(caption: str, mask: str) -> list[int]:
@@ -73,11 +102,16 @@ def _encode_plain(text: str) -> list[int]:
 
 def _pieces(text: str) -> list[str]:
     """What stands between spaces in the text as CLIP reads it: mended, unescaped, lower case. ASCII is not broken."""
-    if not (text.isascii() and text.isprintable() and "&" not in text):
+    if not _is_plain(text):
         import ftfy
 
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return text.lower().split()
+
+
+def _is_plain(text: str) -> bool:
+    """True for text with nothing in it to mend or to unescape."""
+    return text.isascii() and text.isprintable() and "&" not in text
 
 
 class _Pieces(dict[str, tuple[int, ...]]):

@@ -102,7 +102,8 @@ def image_array(paths: Iterable[str | Path], height: int, width: int, progress: 
     process makes it while others that want it wait, and what a killed one left is cleared by the next. `progress` is a
     class like tqdm. Raises UnreadableImages, naming every file, and OSError if the cache folder cannot hold the array.
     Where files are absent, the array of the others is made first, so that those that cannot be decoded are named with
-    them; whoever leaves the absent ones out finds it again.
+    them; whoever leaves the absent ones out finds it again. Files that could not be decoded are tried again, alone,
+    before the others are.
     """
     files = [os.path.abspath(path) for path in paths]
     if not files:
@@ -114,6 +115,8 @@ def image_array(paths: Iterable[str | Path], height: int, width: int, progress: 
     shape = (len(files), 3, height, width)
     try:
         while (found := _complete(array, shape)) is None:
+            if bad := _still_unreadable(array, height, width):
+                raise UnreadableImages(bad)
             array.parent.mkdir(parents=True, exist_ok=True)
             _clear_abandoned(array.parent, except_for=_partial(array))
             _make(array, files, shape, progress)
@@ -173,6 +176,21 @@ def _complete(array: Path, shape: tuple[int, int, int, int]) -> ImageArray | Non
     return ImageArray(pixels, digest) if pixels.shape == shape and pixels.dtype == np.uint8 else None
 
 
+def _still_unreadable(array: Path, height: int, width: int) -> dict[str, str]:
+    """The files for which this array could not be made before and still cannot; none if one of them is mended."""
+    try:
+        listed = json.loads(_unmade(array).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    unreadable = decode_images(listed, height, width, lambda *_: None)
+    return unreadable if len(unreadable) == len(listed) else {}
+
+
+def _unmade(array: Path) -> Path:
+    """Where the files are listed for which the array could not be made."""
+    return array.with_suffix(".unreadable")
+
+
 def _partial(array: Path) -> Path:
     return array.with_suffix(".partial")
 
@@ -230,8 +248,10 @@ def _make(array: Path, files: list[str], shape: tuple[int, int, int, int], progr
             about = {"digest": digest, "shape": shape, "version": VERSION, "pillow": PIL.__version__}
             array.with_suffix(".json").write_text(json.dumps(about))  # before the array: its name is the promise
             os.replace(partial, array)
-        except BaseException:
+        except BaseException as error:
             partial.unlink(missing_ok=True)
+            if isinstance(error, UnreadableImages):
+                _unmade(array).write_text(json.dumps(list(error.files)))
             raise
 
 

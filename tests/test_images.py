@@ -257,7 +257,7 @@ def test_a_path_with_a_nul_is_an_unusable_file(tmp_path):
         image_array([*photos(tmp_path), "a\0b.png"], HEIGHT, WIDTH)
 
 
-def test_all_unusable_files_are_listed_at_once_and_nothing_is_left_behind(tmp_path, cache):
+def test_all_unusable_files_are_listed_at_once_and_no_array_is_left_behind(tmp_path, cache):
     paths = photos(tmp_path, 40)
     broken = paths[3], paths[17]
     for path in broken:
@@ -265,7 +265,7 @@ def test_all_unusable_files_are_listed_at_once_and_nothing_is_left_behind(tmp_pa
     with pytest.raises(UnreadableImages, match="2 images") as error:
         image_array(paths, HEIGHT, WIDTH)
     assert tuple(error.value.files) == broken
-    assert list(cache.iterdir()) == []
+    assert [path.suffix for path in cache.iterdir()] == [".unreadable"]  # their names alone
 
 
 def test_an_absent_and_a_broken_file_are_listed_at_once_in_their_order(tmp_path, cache):
@@ -275,7 +275,7 @@ def test_an_absent_and_a_broken_file_are_listed_at_once_in_their_order(tmp_path,
     with pytest.raises(UnreadableImages, match="2 images") as error:
         image_array(paths, HEIGHT, WIDTH)
     assert list(error.value.files) == [paths[3], paths[9]]
-    assert list(cache.iterdir()) == []
+    assert [path.suffix for path in cache.iterdir()] == [".unreadable"]
 
 
 def of_people(paths: list[str]) -> DataFrame:
@@ -309,6 +309,31 @@ def test_an_absent_and_a_broken_photo_of_300_are_left_out_together(tmp_path):
     assert sorted(set(kept.image_id)) == list(range(298))
     assert [row["path"] for row in kept.attrs["unreadable"]] == [paths[7], paths[9]]
     assert image_array(kept.path.drop_duplicates(), 16, 16).pixels.shape == (298, 3, 16, 16)
+
+
+def test_of_the_photos_that_could_not_be_decoded_those_alone_are_tried_again(tmp_path, monkeypatch):
+    paths = three_hundred(tmp_path, [], [])
+    small = make_recipe("cuhk", image_height=16, image_width=16)
+
+    def write(path: str, content: bytes) -> None:
+        Path(path).write_bytes(content)
+        os.utime(path, (0, 0))  # for the cache one file, whatever its content
+
+    whole = {path: Path(path).read_bytes() for path in (paths[9], paths[30])}
+    for path, content in whole.items():
+        write(path, bytes(len(content)))
+    with pytest.warns(UserWarning, match="2 images"):
+        first = leave_out_unreadable(of_people(paths), small)
+    tried, decode = [], module._decode
+    monkeypatch.setattr(module, "_decode", lambda file, pixels: tried.append(file) or decode(file, pixels))
+    with pytest.warns(UserWarning, match="2 images"):
+        assert leave_out_unreadable(of_people(paths), small).equals(first)
+    assert tried == list(whole)
+    write(paths[9], whole[paths[9]])
+    with pytest.warns(UserWarning, match="1 image"):
+        leave_out_unreadable(of_people(paths), small)
+    write(paths[30], whole[paths[30]])
+    assert leave_out_unreadable(of_people(paths), small).path.tolist() == of_people(paths).path.tolist()
 
 
 def test_absent_and_broken_photos_of_which_each_alone_would_be_few_are_too_many_together(tmp_path):

@@ -1,5 +1,6 @@
 """Image files → one memory-mapped `uint8` array, decoded once; a `uint8` batch → an augmented, normalised batch."""
 
+import contextlib
 import errno
 import fcntl
 import functools
@@ -37,7 +38,7 @@ ERASED_AREA = (0.02, 0.4)  # released code; share of the image
 ERASED_RATIO = (0.3, 3.3)  # torchvision's default; height over width
 ERASE_ATTEMPTS = 10  # torchvision's; a box that does not fit is drawn again
 
-VERSION = 2  # of what decoding does to a picture: arrays of another version are not used
+VERSION = 2  # of what decoding does to a picture and of the digest: arrays of another version are not used
 GROUP = 8  # neighbouring images that a thread takes at once
 PAUSE = 0.1  # seconds between two looks at how far the threads are
 MOST_UNREADABLE = 0.01  # of a data set's photos; with more, a run does not begin
@@ -102,8 +103,8 @@ def image_array(paths: Iterable[str | Path], height: int, width: int, progress: 
     process makes it while others that want it wait, and what a killed one left is cleared by the next. `progress` is a
     class like tqdm. Raises UnreadableImages, naming every file, and OSError if the cache folder cannot hold the array.
     Where files are absent, the array of the others is made first, so that those that cannot be decoded are named with
-    them; whoever leaves the absent ones out finds it again. Files that could not be decoded are tried again, alone,
-    before the others are.
+    them; whoever leaves the absent ones out finds it again. So it is with files that could not be decoded before: they
+    are tried again, alone.
     """
     files = [os.path.abspath(path) for path in paths]
     if not files:
@@ -115,8 +116,8 @@ def image_array(paths: Iterable[str | Path], height: int, width: int, progress: 
     shape = (len(files), 3, height, width)
     try:
         while (found := _complete(array, shape)) is None:
-            if bad := _still_unreadable(array, height, width):
-                raise UnreadableImages(bad)
+            if bad := _still_unreadable(array, files, height, width):
+                break
             array.parent.mkdir(parents=True, exist_ok=True)
             _clear_abandoned(array.parent, except_for=_partial(array))
             _make(array, files, shape, progress)
@@ -126,6 +127,8 @@ def image_array(paths: Iterable[str | Path], height: int, width: int, progress: 
             f"an image array of {math.prod(shape):,} bytes cannot be made in {array.parent} ({error.strerror}): "
             f"{_remedy(error, _partial(array))}",
         ) from error
+    if found is None:
+        raise UnreadableImages(_unreadable(files, bad, height, width, progress))
     return found
 
 
@@ -139,13 +142,13 @@ def _remedy(error: OSError, partial: Path) -> str:
 
 
 def _unreadable(
-    files: list[str], absent: dict[str, str], height: int, width: int, progress: Callable | None
+    files: list[str], known: dict[str, str], height: int, width: int, progress: Callable | None
 ) -> dict[str, str]:
-    """What is wrong with each file that cannot be used, in their order, where it is known which are absent."""
-    reasons = dict(absent)
-    if present := [file for file in files if file not in absent]:
+    """What is wrong with each file that cannot be used, in their order, where some, such as absent ones, are known."""
+    reasons = dict(known)
+    if others := [file for file in files if file not in known]:
         try:
-            image_array(present, height, width, progress)
+            image_array(others, height, width, progress)
         except UnreadableImages as error:
             reasons |= error.files
     return {file: reasons[file] for file in files if file in reasons}
@@ -176,14 +179,21 @@ def _complete(array: Path, shape: tuple[int, int, int, int]) -> ImageArray | Non
     return ImageArray(pixels, digest) if pixels.shape == shape and pixels.dtype == np.uint8 else None
 
 
-def _still_unreadable(array: Path, height: int, width: int) -> dict[str, str]:
+def _still_unreadable(array: Path, files: list[str], height: int, width: int) -> dict[str, str]:
     """The files for which this array could not be made before and still cannot; none if one of them is mended."""
     try:
         listed = json.loads(_unmade(array).read_text())
     except (FileNotFoundError, ValueError):
         return {}
-    unreadable = decode_images(listed, height, width, lambda *_: None)
-    return unreadable if len(unreadable) == len(listed) else {}
+    if not isinstance(listed, list) or not set(map(str, listed)) <= set(files):  # no list of ours
+        return {}
+    unreadable, pixels = {}, np.empty((3, height, width), np.uint8)
+    for file in listed:
+        found = _decode(file, pixels)
+        if not isinstance(found, str):
+            return {}
+        unreadable[file] = found
+    return unreadable
 
 
 def _unmade(array: Path) -> Path:
@@ -248,10 +258,13 @@ def _make(array: Path, files: list[str], shape: tuple[int, int, int, int], progr
             about = {"digest": digest, "shape": shape, "version": VERSION, "pillow": PIL.__version__}
             array.with_suffix(".json").write_text(json.dumps(about))  # before the array: its name is the promise
             os.replace(partial, array)
+            _unmade(array).unlink(missing_ok=True)
         except BaseException as error:
-            partial.unlink(missing_ok=True)
             if isinstance(error, UnreadableImages):
-                _unmade(array).write_text(json.dumps(list(error.files)))
+                with contextlib.suppress(OSError):  # the list saves time, no more
+                    _unmade(array).unlink(missing_ok=True)  # were it a link, its target would be overwritten
+                    _unmade(array).write_text(json.dumps(list(error.files)))
+            partial.unlink(missing_ok=True)
             raise
 
 
@@ -311,8 +324,8 @@ def decode_images(
     told = 0
 
     def decode() -> None:
-        pixels = np.empty((3, height, width), np.uint8)
         try:
+            pixels = np.empty((3, height, width), np.uint8)
             for start in starts:
                 for place, file in enumerate(files[start : start + GROUP], start):
                     digest = _decode(file, pixels)
@@ -330,8 +343,8 @@ def decode_images(
             pass
 
     with ThreadPoolExecutor(cores) as pool:  # threads: Pillow decodes and resizes without the interpreter's lock
-        threads = [pool.submit(decode) for _ in range(cores)]
         try:
+            threads = [pool.submit(decode) for _ in range(cores)]
             running = True
             while running:
                 running = bool(wait(threads, PAUSE).not_done)

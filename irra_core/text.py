@@ -16,6 +16,8 @@ MASK_ID = 49405  # as in the released code; in CLIP's vocabulary it is the word 
 START_ID, END_ID, PADDING_ID = 49406, 49407, 0
 START = "<start_of_text>"  # the tokeniser's name of START_ID
 REMEMBERED = 2**16  # pieces of text whose token ids are kept
+TOGETHER = 1024  # captions whose words are looked up at once
+ORDINARY = 600  # letters of a caption at most that is among them: of longer ones most words may not be wanted
 LONGEST = 3000  # letters of a word; 75 tokens of at most 32 bytes end before, and time grows with the square
 
 
@@ -34,7 +36,14 @@ def tokenize(captions: Iterable[str], mask: str = "[MASK]") -> Int[Tensor, "n 77
     if isinstance(captions, str):
         raise TypeError(f"captions is one text, {captions[:40]!r}: give a list of texts")
     captions = list(captions)
-    ids, lengths = _of_plain(captions, mask) or _of_any(captions, mask)
+    starts = range(0, max(len(captions), 1), TOGETHER)
+    rows = [_tokens(captions[start : start + TOGETHER], start, mask) for start in starts]
+    return torch.from_numpy(np.concatenate(rows))
+
+
+def _tokens(captions: list, start: int, mask: str) -> Int[np.ndarray, "n 77"]:
+    """`tokenize` of a few captions, the first of them number `start`."""
+    ids, lengths = _of_plain(captions, mask) or _of_any(captions, start, mask)
     kept = np.minimum(lengths, CONTEXT - 2)
     if len(ids) > kept.sum():
         place = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -43,20 +52,20 @@ def tokenize(captions: Iterable[str], mask: str = "[MASK]") -> Int[Tensor, "n 77
     tokens[:, 0] = START_ID
     tokens[:, 1:-1][np.arange(CONTEXT - 2) < kept[:, None]] = ids
     tokens[np.arange(len(captions)), kept + 1] = END_ID
-    return torch.from_numpy(tokens)
+    return tokens
 
 
 def _of_plain(captions: list, mask: str) -> tuple[Int[np.ndarray, " ids"], Int[np.ndarray, " captions"]] | None:
     """All captions' token ids in a row and how many each has; None unless every one is plain, as nearly all are.
 
-    Plain texts need no mending and hold no mask, no long word and no "<", with which the tokeniser's own words begin:
-    with START before each, all are split and looked up at once.
+    Plain texts need no mending, are of ordinary length and hold no mask and no "<", with which the tokeniser's own
+    words begin: with START before each, all are split and looked up at once.
     """
     try:
         text = " ".join(captions)
     except TypeError:  # one is no text
         return None
-    if "<" in text or not _is_plain(text) or (mask and mask in text) or max(map(len, captions), default=0) > LONGEST:
+    if "<" in text or not _is_plain(text) or (mask and mask in text) or max(map(len, captions), default=0) > ORDINARY:
         return None
     text = f" {START} ".join(["", *captions])
     ids = np.fromiter(chain.from_iterable(map(_PIECES.__getitem__, text.lower().split())), np.int64)
@@ -64,12 +73,12 @@ def _of_plain(captions: list, mask: str) -> tuple[Int[np.ndarray, " ids"], Int[n
     return ids[ids != START_ID], np.diff(starts, append=len(ids)) - 1
 
 
-def _of_any(captions: list, mask: str) -> tuple[Int[np.ndarray, " ids"], Int[np.ndarray, " captions"]]:
+def _of_any(captions: list, start: int, mask: str) -> tuple[Int[np.ndarray, " ids"], Int[np.ndarray, " captions"]]:
     """`_of_plain` of captions one by one, whatever they hold."""
     rows: list[list[int]] = []
     for caption in captions:
         if not isinstance(caption, str):
-            raise TypeError(f"caption {len(rows)} is {caption!r}: expected is a text")
+            raise TypeError(f"caption {start + len(rows)} is {caption!r}: expected is a text")
         rows.append(_encode(caption, mask)[: CONTEXT - 2])
     return np.fromiter(chain.from_iterable(rows), np.int64), np.fromiter(map(len, rows), np.int64, len(rows))
 

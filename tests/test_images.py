@@ -324,6 +324,7 @@ def test_of_the_photos_that_could_not_be_decoded_those_alone_are_tried_again(tmp
         write(path, bytes(len(content)))
     with pytest.warns(UserWarning, match="2 images"):
         first = leave_out_unreadable(of_people(paths), small)
+    image_array(first.path.drop_duplicates(), 16, 16)  # as a run does
     tried, decode = [], module._decode
     monkeypatch.setattr(module, "_decode", lambda file, pixels: tried.append(file) or decode(file, pixels))
     with pytest.warns(UserWarning, match="2 images"):
@@ -334,6 +335,42 @@ def test_of_the_photos_that_could_not_be_decoded_those_alone_are_tried_again(tmp
         leave_out_unreadable(of_people(paths), small)
     write(paths[30], whole[paths[30]])
     assert leave_out_unreadable(of_people(paths), small).path.tolist() == of_people(paths).path.tolist()
+    assert not list((cache_root() / "images").glob("*.unreadable"))
+
+
+def test_a_photo_that_breaks_after_another_is_left_out_with_it(tmp_path):
+    paths = three_hundred(tmp_path, [], [9])
+    small = make_recipe("cuhk", image_height=16, image_width=16)
+    with pytest.raises(UnreadableImages, match="1 image"):
+        image_array(paths, 16, 16)
+    found = os.stat(paths[30])
+    Path(paths[30]).write_bytes(bytes(found.st_size))
+    os.utime(paths[30], ns=(found.st_atime_ns, found.st_mtime_ns))  # as a disk breaks: for the cache the same file
+    with pytest.warns(UserWarning, match="2 images"):
+        kept = leave_out_unreadable(of_people(paths), small)
+    assert image_array(kept.path.drop_duplicates(), 16, 16).pixels.shape == (298, 3, 16, 16)
+
+
+@pytest.mark.parametrize("content", ["null", "5", '"ab"', "[1]", '["elsewhere.png"]', "[", "link"])
+def test_a_list_of_unreadable_photos_that_is_none_of_ours_is_not_believed(tmp_path, cache, content):
+    paths = photos(tmp_path)
+    whole = Path(paths[2]).read_bytes()
+    Path(paths[2]).write_bytes(bytes(len(whole)))
+    with pytest.raises(UnreadableImages, match="1 image"):
+        image_array(paths, HEIGHT, WIDTH)
+    (listed,) = cache.glob("*.unreadable")
+    if content == "link":
+        precious = tmp_path / "precious.txt"
+        precious.write_text("[]")
+        listed.unlink()
+        listed.symlink_to(precious)
+    else:
+        listed.write_text(content)
+    with pytest.raises(UnreadableImages, match="1 image") as error:
+        image_array(paths, HEIGHT, WIDTH)
+    assert list(error.value.files) == [paths[2]]
+    assert json.loads(listed.read_text()) == [paths[2]]
+    assert content != "link" or precious.read_text() == "[]"
 
 
 def test_absent_and_broken_photos_of_which_each_alone_would_be_few_are_too_many_together(tmp_path):

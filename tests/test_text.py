@@ -121,6 +121,25 @@ def test_what_is_no_list_of_texts_is_refused(captions):
         tokenize(captions)
 
 
+def test_captions_looked_up_together_have_the_tokens_that_each_has_alone(monkeypatch):
+    monkeypatch.setattr(module, "TOGETHER", 3)
+    captions = [
+        "A man.",
+        "",
+        "x" * 700,
+        "word " * 90,
+        "Fair & tall",
+        "a [MASK] coat",
+        "<b>",
+        "the woman's hat",
+        "é",
+        "end",
+    ]
+    assert torch.equal(tokenize(captions), torch.cat([tokenize([caption]) for caption in captions]))
+    with pytest.raises(TypeError, match="caption 10 is None"):
+        tokenize([*captions, None])
+
+
 def test_eight_thousand_captions_take_less_than_two_seconds():
     rng = random.Random(0)
     words = ["a", "the", "man", "woman", "wearing", "red", "jacket,", "shoes.", "backpack", "with", "long", "hair"]

@@ -12,7 +12,8 @@ import shutil
 import stat
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -317,34 +318,45 @@ def decode_images(
     that core's cache. The pixels are overwritten with the thread's next image: what is to stay has to be copied.
     `meanwhile` is told in the calling thread, every PAUSE and at the end, how many files more are done.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    starts = iter(range(0, len(files), GROUP))
-    done: list[int] = []
     unreadable: dict[int, str] = {}
-    told = 0
 
-    def decode() -> None:
+    def decode(places: Iterator[int]) -> None:
+        pixels = np.empty((3, height, width), np.uint8)
+        for place in places:
+            digest = _decode(files[place], pixels)
+            if isinstance(digest, str):
+                unreadable[place] = digest
+            else:
+                keep(place, pixels, digest)
+
+    _on_all_cores(decode, len(files), meanwhile)
+    return {files[place]: unreadable[place] for place in sorted(unreadable)}
+
+
+def _on_all_cores(
+    work: Callable[[Iterator[int]], None], count: int, meanwhile: Callable[[int], Any] | None = None
+) -> None:
+    """Call `work` in a thread a core, each with places of 0 … count − 1 that no other gets, a GROUP at a time.
+
+    Whatever ends one thread leaves the others nothing more to begin. `meanwhile` as in `decode_images`.
+    """
+    starts, done, told = iter(range(0, count, GROUP)), [], 0
+
+    def places() -> Iterator[int]:
+        for start in starts:
+            for place in range(start, min(start + GROUP, count)):
+                yield place
+                done.append(place)
+
+    def run() -> None:
         try:
-            pixels = np.empty((3, height, width), np.uint8)
-            for start in starts:
-                for place, file in enumerate(files[start : start + GROUP], start):
-                    digest = _decode(file, pixels)
-                    if isinstance(digest, str):
-                        unreadable[place] = digest
-                    else:
-                        keep(place, pixels, digest)
-                    done.append(place)
+            work(places())
         finally:
-            stop()
+            deque(starts, maxlen=0)
 
-    def stop() -> None:
-        """Leave the other threads nothing to begin, whatever ended this one."""
-        for _ in starts:
-            pass
-
-    with ThreadPoolExecutor(cores) as pool:  # threads: Pillow decodes and resizes without the interpreter's lock
+    with ThreadPoolExecutor(cores()) as pool:  # threads: Pillow decodes and resizes without the interpreter's lock
         try:
-            threads = [pool.submit(decode) for _ in range(cores)]
+            threads = [pool.submit(run) for _ in range(cores())]
             running = True
             while running:
                 running = bool(wait(threads, PAUSE).not_done)
@@ -353,10 +365,14 @@ def decode_images(
                     meanwhile(newly)
                     told += newly
         finally:
-            stop()
+            deque(starts, maxlen=0)
     for thread in threads:
         thread.result()
-    return {files[place]: unreadable[place] for place in sorted(unreadable)}
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def decoded_array(files: list[str], height: int, width: int) -> tuple[UInt8[np.ndarray, "n 3 h w"], dict[str, str]]:

@@ -29,7 +29,7 @@ from irra_core import released, runs
 from irra_core.annotations import photo_table
 from irra_core.batches import Batch, Batches
 from irra_core.evaluation import computes_bf16, encode_images, evaluate
-from irra_core.images import cache_root, image_array, open_annotations, open_photo
+from irra_core.images import cache_root, cores, image_array, open_annotations, open_photo
 from irra_core.linear import linear
 from irra_core.metrics import query_metrics_from_features, retrieval_metrics
 from irra_core.model import IRRA, build_model
@@ -514,9 +514,8 @@ def _pillow_alone(files: list[str], height: int, width: int) -> None:
             with Image.open(file) as image:
                 image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(cores) as pool:
-        list(pool.map(some, [files[start::cores] for start in range(cores)]))
+    with ThreadPoolExecutor(cores()) as pool:
+        list(pool.map(some, [files[start :: cores()] for start in range(cores())]))
 
 
 def loading(bench: Bench) -> list[Row]:

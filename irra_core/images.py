@@ -30,7 +30,7 @@ from torch import Tensor
 
 from irra_core.annotations import data_root, load_annotations, photo_table
 from irra_core.photos import read_photo
-from irra_core.recipes import SMOKE_IDENTITIES, Recipe, project_root, smoke
+from irra_core.recipes import SMOKE_IDENTITIES, Recipe, cores, project_root, smoke
 from irra_core.synthetic import RENDERING, make_synthetic
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's training images, red, green, blue of 0..1
@@ -368,11 +368,6 @@ def _on_all_cores(
             deque(starts, maxlen=0)
     for thread in threads:
         thread.result()
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def decoded_array(files: list[str], height: int, width: int) -> tuple[UInt8[np.ndarray, "n 3 h w"], dict[str, str]]:

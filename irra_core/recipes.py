@@ -258,6 +258,11 @@ def check_processes(processes: int | None, chosen: Recipe) -> int:
     return count
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def smoke() -> bool:
     """True when IRRA_SMOKE=1 asks for the shrunken runs of the tests."""
     return os.environ.get("IRRA_SMOKE", "0") not in ("", "0")

@@ -7,7 +7,6 @@ import contextlib
 import importlib
 import importlib.util
 import io
-import os
 import sys
 import tempfile
 import types
@@ -28,7 +27,7 @@ from irra_core.backbone import learned
 from irra_core.batches import Batch
 from irra_core.checkpoints import released_name
 from irra_core.model import IRRA
-from irra_core.recipes import Recipe
+from irra_core.recipes import Recipe, cores
 from irra_core.text import CONTEXT, VOCABULARY
 
 MODULES = ("model.build", "solver.build", "utils.metrics", "datasets.bases", "datasets.build")
@@ -234,5 +233,5 @@ def train_loader(code: Code, annotations: DataFrame, recipe: Recipe) -> DataLoad
 
 def _loader(dataset, **given) -> DataLoader:
     """A loader with the released number of workers, or as many as there are cores; forked, as on Linux in its day."""
-    workers = min(WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    workers = min(WORKERS, cores())
     return DataLoader(dataset, num_workers=workers, multiprocessing_context="fork", **given)

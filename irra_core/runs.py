@@ -23,7 +23,7 @@ from irra_core.annotations import photo_table, table_digest
 from irra_core.checkpoints import replaced
 from irra_core.evaluation import METRICS, readable, scores_table
 from irra_core.images import image_array
-from irra_core.recipes import NEUTRAL, RECIPES, Recipe, own_file, project_root, read_recipe, smoke
+from irra_core.recipes import NEUTRAL, RECIPES, Recipe, cores, own_file, project_root, read_recipe, smoke
 
 FORMAT = 1  # of what a run folder keeps; a run with another is made again
 WEIGHTS, STATE, STATE_BEFORE = "weights.safetensors", "state.safetensors", "state.previous.safetensors"
@@ -393,7 +393,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{sys.platform} {platform.machine()}",
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),

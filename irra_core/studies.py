@@ -20,7 +20,7 @@ from irra_core import runs
 from irra_core.annotations import hold_out
 from irra_core.backbone import WEIGHT_SUFFIXES, download
 from irra_core.images import open_annotations
-from irra_core.recipes import PRESETS, Recipe, project_root, recipe, smoke, unknown
+from irra_core.recipes import PRESETS, Recipe, cores, project_root, recipe, smoke, unknown
 from irra_core.training import pretrained_general
 
 ROUGH_STEP_SECONDS = {"small": {True: 0.25, False: 0.1}}  # with and without MLM; measured on two cores of a server CPU
@@ -309,7 +309,7 @@ def _start(job: _Job, notebook: Path, data_root: str | Path | None, slot: int, w
     given |= {} if data_root is None else {"data_root": str(data_root)}
     for name, value in given.items():
         command += ["-r" if isinstance(value, str) else "-p", name, str(value)]
-    threads = int(os.environ.get("OMP_NUM_THREADS") or 0) or len(os.sched_getaffinity(0))
+    threads = int(os.environ.get("OMP_NUM_THREADS") or 0) or cores()
     environment = os.environ | {"OMP_NUM_THREADS": str(max(threads // workers, 1))}
     if (gpus := _gpus()) > 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import multiprocessing
-import os
 import shutil
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from pandas import DataFrame
 
 from irra_core.captions import Person, caption_of, hidden_in, weighted
 from irra_core.pedestrian import COLOURS, HAIR_COLOURS, SKINS
-from irra_core.recipes import DOMAINS, Recipe, unknown
+from irra_core.recipes import DOMAINS, Recipe, cores, unknown
 from irra_core.scenery import photograph
 from irra_core.sketch import Number, tone
 
@@ -343,29 +342,24 @@ def _image_path(layout: str, pid: int, image: int, split: str) -> str:
 
 def _render(jobs: Sequence[tuple], progress: Any) -> list[dict[str, Any]]:
     """What each job's photo shows, in order; many photos are drawn on all cores."""
-    cores = _cores()
+    processes = cores()
     pieces = [jobs[i : i + 16] for i in range(0, len(jobs), 16)]
     bar = progress(total=len(jobs), desc="rendering people", unit="image") if progress else contextlib.nullcontext()
     with bar as shown:
-        if cores == 1 or len(jobs) < ALONE:
+        if processes == 1 or len(jobs) < ALONE:
             done = []
             for piece in pieces:
                 done.append(_photos(piece))
                 shown and shown.update(len(piece))
             return [told for piece in done for told in piece]
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(cores, mp_context=context) as pool:
+        with ProcessPoolExecutor(processes, mp_context=context) as pool:
             with _main_hidden():
                 futures = {pool.submit(_photos, piece): i for i, piece in enumerate(pieces)}
             for future in as_completed(futures):
                 pieces[futures[future]] = future.result()
                 shown and shown.update(len(pieces[futures[future]]))
     return [told for piece in pieces for told in piece]
-
-
-def _cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager

@@ -85,7 +85,7 @@ def test_a_seed_gives_the_same_bytes_on_one_core_and_on_two(tmp_path, monkeypatc
     one, two = tmp_path / "one", tmp_path / "two"
     first = make_synthetic(one, people=12, seed=5)
     monkeypatch.setattr(synthetic, "ALONE", 0)
-    monkeypatch.setattr(synthetic, "_cores", lambda: 2)
+    monkeypatch.setattr(synthetic, "cores", lambda: 2)
     second = make_synthetic(two, people=12, seed=5)
     assert pixels(first) == pixels(second)
     assert read(first) == read(second)

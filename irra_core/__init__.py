@@ -23,29 +23,29 @@ _HOMES = {
     "explorer": "QueryExplorer",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
-_MODULES = (
-    "recipes",
-    "annotations",
-    "synthetic",
-    "text",
-    "images",
-    "distributed",
-    "batches",
-    "model",
-    "losses",
-    "metrics",
-    "checkpoints",
-    "evaluation",
-    "runs",
-    "training",
-    "benchmark",
-    "studies",
-    "comparison",
-    "leaks",
-    "transfer",
-    "plots",
-    "report",
-)
+_MODULES = {
+    "recipes": "recipes",
+    "annotations": "annotations",
+    "synthetic": "synthetic",
+    "text": "text",
+    "images": "images",
+    "distributed": "distributed",
+    "batches": "batches",
+    "model": "model",
+    "losses": "losses",
+    "metrics": "metrics",
+    "checkpoints": "checkpoints",
+    "evaluation": "evaluation",
+    "runs": "runs",
+    "training": "training",
+    "benchmark": "benchmark",
+    "studies": "studies",
+    "comparison": "comparison",
+    "leaks": "leaks",
+    "transfer": "transfer",
+    "plots": "plots",
+    "report": "report",
+}
 
 __all__ = [*_HOME, *_MODULES]
 __version__ = "0.1.0"
@@ -53,7 +53,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str):
     if name in _MODULES:
-        return importlib.import_module(f"irra_core.{name}")
+        return importlib.import_module(f"irra_core.{_MODULES[name]}")
     if name not in _HOME:
         raise AttributeError(f"module 'irra_core' has no attribute {name!r}")
     return getattr(importlib.import_module(f"irra_core.{_HOME[name]}"), name)

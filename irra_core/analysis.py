@@ -9,7 +9,7 @@ from pandas import DataFrame
 from torch import Tensor
 
 from irra_core.metrics import bootstrap_interval
-from irra_core.synthetic import attributes, stated_attributes
+from irra_core.synthetic.people import attributes, stated_attributes
 
 KINDS = ("same person", "near-twin", "somebody else")
 

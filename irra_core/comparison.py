@@ -21,7 +21,7 @@ from irra_core.checkpoints import load_checkpoint
 from irra_core.evaluation import METRICS
 from irra_core.interaction import build_interaction
 from irra_core.recipes import Recipe, unknown
-from irra_core.synthetic import is_rendered, twin_pids
+from irra_core.synthetic.people import is_rendered, twin_pids
 from irra_core.text import VOCABULARY
 
 

@@ -10,11 +10,11 @@ from pandas import DataFrame
 from torch import Tensor
 from torch.nn import functional as F
 
-from irra_core.captions import things_named
 from irra_core.images import image_array, normalise, open_photo
 from irra_core.interaction import CrossEncoder, attend, norm, run_block
 from irra_core.model import IRRA
-from irra_core.synthetic import attributes
+from irra_core.synthetic.captions import things_named
+from irra_core.synthetic.people import attributes
 from irra_core.text import END_ID, MASK_ID, START_ID, detokenize_words, tokenize, trim
 
 CHUNK = 128  # captions read at once

@@ -31,7 +31,7 @@ from torch import Tensor
 from irra_core.annotations import data_root, load_annotations, photo_table
 from irra_core.photos import read_photo
 from irra_core.recipes import SMOKE_IDENTITIES, Recipe, cores, project_root, smoke
-from irra_core.synthetic import RENDERING, make_synthetic
+from irra_core.synthetic.people import RENDERING, make_synthetic
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's training images, red, green, blue of 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)

@@ -21,7 +21,7 @@ from irra_core.interaction import build_interaction, norm, run_block
 from irra_core.linear import Linear, keep_freed_memory, linear
 from irra_core.packing import Packing
 from irra_core.recipes import Recipe, pretraining, project_root
-from irra_core.synthetic import RENDERING
+from irra_core.synthetic.people import RENDERING
 
 
 @dataclass

@@ -32,7 +32,7 @@ from irra_core.images import image_array, on_device
 from irra_core.model import IRRA, build_model, general_weights
 from irra_core.objective import Objective
 from irra_core.recipes import PLAIN, Recipe, check_processes, pretraining
-from irra_core.synthetic import is_rendered, make_synthetic, synthetic_ceiling, twin_pids
+from irra_core.synthetic.people import is_rendered, make_synthetic, synthetic_ceiling, twin_pids
 from irra_core.text import tokenize
 
 RESIDENT_SHARE = 1 / 8  # of a GPU's free memory that the image array may take; the rest is for the step

@@ -10,7 +10,7 @@ from pandas import DataFrame
 from irra_core import analysis
 from irra_core.annotations import load_annotations
 from irra_core.metrics import bootstrap_interval
-from irra_core.synthetic import attributes, make_synthetic
+from irra_core.synthetic.people import attributes, make_synthetic
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from irra_core.explanations import attention_mass, box_cover, explain, fill_mask
 from irra_core.images import load_images
 from irra_core.model import IRRA, build_model
 from irra_core.recipes import recipe
-from irra_core.synthetic import attributes, make_synthetic
+from irra_core.synthetic.people import attributes, make_synthetic
 from irra_core.text import MASK_ID, tokenize, trim
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from irra_core import leaks
 from irra_core.annotations import load_annotations
 from irra_core.images import UnreadableImages
-from irra_core.synthetic import make_synthetic
+from irra_core.synthetic.people import make_synthetic
 
 
 @pytest.fixture(scope="module")

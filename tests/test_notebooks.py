@@ -12,7 +12,7 @@ import pytest
 
 from irra_core import runs
 from irra_core.annotations import load_annotations
-from irra_core.synthetic import make_synthetic
+from irra_core.synthetic.people import make_synthetic
 
 pytestmark = pytest.mark.notebook
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"

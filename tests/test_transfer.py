@@ -11,7 +11,7 @@ import irra_core as irra
 from irra_core import leaks, transfer
 from irra_core.annotations import load_annotations
 from irra_core.metrics import bootstrap_interval
-from irra_core.synthetic import make_synthetic
+from irra_core.synthetic.people import make_synthetic
 from irra_core.training import trained_run
 
 NAMES = ("one", "two", "three")

@@ -11,9 +11,9 @@ import pytest
 from pandas import DataFrame
 from PIL import Image
 
-from irra_core import synthetic
-from irra_core.sketch import HEIGHT, WIDTH
-from irra_core.synthetic import attributes, make_synthetic, near_twins, synthetic_ceiling
+from irra_core.synthetic import people as synthetic
+from irra_core.synthetic.people import attributes, make_synthetic, near_twins, synthetic_ceiling
+from irra_core.synthetic.sketch import HEIGHT, WIDTH
 
 
 def read(folder: Path) -> list[dict]:

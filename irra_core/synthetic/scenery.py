@@ -10,8 +10,8 @@ import numpy as np
 import resvg_py
 from PIL import Image, ImageFilter
 
-from irra_core.pedestrian import COLOURS, Figure
-from irra_core.sketch import HEIGHT, WIDTH, Colour, Eye, Number, Sketch, ink, tone
+from irra_core.synthetic.pedestrian import COLOURS, Figure
+from irra_core.synthetic.sketch import HEIGHT, WIDTH, Colour, Eye, Number, Sketch, ink, tone
 
 Random = np.random.Generator
 

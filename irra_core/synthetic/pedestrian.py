@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from irra_core.sketch import Colour, Eye, Lathe, Number, Point, Sketch, along, hull, ink, limb, tone
+from irra_core.synthetic.sketch import Colour, Eye, Lathe, Number, Point, Sketch, along, hull, ink, limb, tone
 
 COLOURS = {
     "black": (34, 34, 38),

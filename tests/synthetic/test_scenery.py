@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from irra_core import synthetic
-from irra_core.pedestrian import COLOURS
 from irra_core.recipes import DOMAINS
-from irra_core.scenery import PLACES, SCENES, photograph
-from irra_core.sketch import HEIGHT, WIDTH
+from irra_core.synthetic import people as synthetic
+from irra_core.synthetic.pedestrian import COLOURS
+from irra_core.synthetic.scenery import PLACES, SCENES, photograph
+from irra_core.synthetic.sketch import HEIGHT, WIDTH
 
 PERSON = {"gender": "woman", "hair": "ponytail", "hair_colour": "black", "upper": "sweater", "upper_colour": "red"}
 PERSON |= {"pattern": "plain", "lower": "trousers", "lower_colour": "blue", "shoes": "boots", "shoe_colour": "yellow"}

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from pandas import DataFrame
 
-from irra_core.captions import Person, caption_of, hidden_in, weighted
-from irra_core.pedestrian import COLOURS, HAIR_COLOURS, SKINS
 from irra_core.recipes import DOMAINS, Recipe, cores, unknown
-from irra_core.scenery import photograph
-from irra_core.sketch import Number, tone
+from irra_core.synthetic.captions import Person, caption_of, hidden_in, weighted
+from irra_core.synthetic.pedestrian import COLOURS, HAIR_COLOURS, SKINS
+from irra_core.synthetic.scenery import photograph
+from irra_core.synthetic.sketch import Number, tone
 
 RENDERING = 6  # raised whenever the same seed would give other pixels, people or captions
 MARKER = "synthetic.json"  # lies beside the annotation file of rendered people and says how they were made

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from irra_core.pedestrian import COLOURS
+from irra_core.synthetic.pedestrian import COLOURS
 
 Person = dict[str, str]
 

@@ -5,7 +5,7 @@ from math import cos, radians, sin
 import numpy as np
 import pytest
 
-from irra_core.sketch import Eye, Lathe, Sketch, along, hull, limb, tone
+from irra_core.synthetic.sketch import Eye, Lathe, Sketch, along, hull, limb, tone
 
 EYE = Eye(yaw=0.7, pitch=0.1, scale=2.0, x=64.0, y=370.0)
 

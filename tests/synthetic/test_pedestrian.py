@@ -6,9 +6,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from irra_core import synthetic
-from irra_core.pedestrian import COLOURS, GARMENTS, Figure, pose_of
-from irra_core.sketch import Eye, Sketch
+from irra_core.synthetic import people as synthetic
+from irra_core.synthetic.pedestrian import COLOURS, GARMENTS, Figure, pose_of
+from irra_core.synthetic.sketch import Eye, Sketch
 
 PERSON = {"gender": "woman", "hair": "short", "hair_colour": "brown", "upper": "sweater", "upper_colour": "red"}
 PERSON |= {"pattern": "plain", "lower": "trousers", "lower_colour": "blue", "shoes": "boots", "shoe_colour": "black"}

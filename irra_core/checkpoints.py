@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from irra_core.adapters import is_adapter, merged
 from irra_core.backbone import (
     CHECKSUM,
     check_fit,
@@ -34,6 +33,7 @@ from irra_core.backbone import (
 from irra_core.interaction import CrossEncoder
 from irra_core.model import IRRA, build_model
 from irra_core.recipes import Recipe, patch_size, read_recipe
+from irra_core.variants.adapters import is_adapter, merged
 
 FORMAT = "irra-core checkpoint 1"
 

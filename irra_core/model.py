@@ -14,7 +14,6 @@ from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from irra_core.adapters import limit_learning
 from irra_core.backbone import WEIGHT_SUFFIXES, configuration, download, load_clip_weights, new_clip
 from irra_core.images import cache_root, moved
 from irra_core.interaction import build_interaction, norm, run_block
@@ -22,6 +21,7 @@ from irra_core.linear import Linear, keep_freed_memory, linear
 from irra_core.packing import Packing
 from irra_core.recipes import Recipe, pretraining, project_root
 from irra_core.synthetic.people import RENDERING
+from irra_core.variants.adapters import limit_learning
 
 
 @dataclass

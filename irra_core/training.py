@@ -21,7 +21,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from irra_core import runs
-from irra_core.adapters import is_adapter, merge
 from irra_core.annotations import hold_out, load_annotations, photo_table
 from irra_core.backbone import read_weights
 from irra_core.batches import Batch, Batches
@@ -34,6 +33,7 @@ from irra_core.objective import Objective
 from irra_core.recipes import PLAIN, Recipe, check_processes, pretraining
 from irra_core.synthetic.people import is_rendered, make_synthetic, synthetic_ceiling, twin_pids
 from irra_core.text import tokenize
+from irra_core.variants.adapters import is_adapter, merge
 
 RESIDENT_SHARE = 1 / 8  # of a GPU's free memory that the image array may take; the rest is for the step
 READ_LOSSES_EVERY = 20  # steps; on a GPU reading a loss waits for it, so the bar is not moved at every step

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 import irra_core as irra
 from irra_core import runs, training
-from irra_core.adapters import MATRICES, is_adapter, merge, merged
 from irra_core.batches import Batch
 from irra_core.checkpoints import save_official
 from irra_core.objective import Objective
 from irra_core.training import build_optimiser, learning_rate_and_decay, train
+from irra_core.variants.adapters import MATRICES, is_adapter, merge, merged
 
 IMAGES = torch.randn(3, 3, 96, 32, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.tensor([[49406, 320, 518, 49407], [49406, 530, 49407, 0], [49406, 736, 1045, 49407]])

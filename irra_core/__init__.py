@@ -29,7 +29,7 @@ _MODULES = {
     "synthetic": "synthetic",
     "text": "text",
     "images": "images",
-    "distributed": "distributed",
+    "distributed": "scale.distributed",
     "batches": "batches",
     "model": "model",
     "losses": "losses",

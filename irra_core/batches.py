@@ -9,9 +9,9 @@ from jaxtyping import Float, Int, UInt8
 from pandas import DataFrame
 from torch import Tensor
 
-from irra_core.distributed import member
 from irra_core.images import augment, draw_augmentation, moved
 from irra_core.recipes import Recipe
+from irra_core.scale.distributed import member
 from irra_core.text import mask_tokens, masked_words, tokenize, trim
 
 ORDER, MASKS, AUGMENTATION = range(3)  # what is drawn: each has random numbers of its own

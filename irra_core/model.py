@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from irra_core.backbone import WEIGHT_SUFFIXES, configuration, download, load_clip_weights, new_clip
 from irra_core.images import cache_root, moved
 from irra_core.interaction import build_interaction, norm, run_block
-from irra_core.linear import Linear, keep_freed_memory, linear
 from irra_core.packing import Packing
 from irra_core.recipes import Recipe, pretraining, project_root
+from irra_core.scale.linear import Linear, keep_freed_memory, linear
 from irra_core.synthetic.people import RENDERING
 from irra_core.variants.adapters import limit_learning
 

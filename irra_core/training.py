@@ -25,12 +25,12 @@ from irra_core.annotations import hold_out, load_annotations, photo_table
 from irra_core.backbone import read_weights
 from irra_core.batches import Batch, Batches
 from irra_core.checkpoints import load_checkpoint, load_weights, replaced, save_checkpoint, save_tensors
-from irra_core.distributed import ALONE, Team, joined, launched, tell, telling_errors
 from irra_core.evaluation import Evaluation, computes_bf16, evaluate, gain, scores
 from irra_core.images import image_array, on_device
 from irra_core.model import IRRA, build_model, general_weights
 from irra_core.objective import Objective
 from irra_core.recipes import PLAIN, Recipe, check_processes, pretraining
+from irra_core.scale.distributed import ALONE, Team, joined, launched, tell, telling_errors
 from irra_core.synthetic.people import is_rendered, make_synthetic, synthetic_ceiling, twin_pids
 from irra_core.text import tokenize
 from irra_core.variants.adapters import is_adapter, merge

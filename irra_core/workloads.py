@@ -30,11 +30,11 @@ from irra_core.annotations import photo_table
 from irra_core.batches import Batch, Batches
 from irra_core.evaluation import computes_bf16, encode_images, evaluate
 from irra_core.images import cache_root, image_array, open_annotations, open_photo
-from irra_core.linear import linear
 from irra_core.metrics import query_metrics_from_features, retrieval_metrics
 from irra_core.model import IRRA, build_model
 from irra_core.objective import Objective, loss_parts
 from irra_core.recipes import Recipe, cores, recipe, smoke
+from irra_core.scale.linear import linear
 from irra_core.text import tokenize
 from irra_core.training import build_optimiser, optimise, step_precision
 

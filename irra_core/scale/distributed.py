@@ -133,7 +133,7 @@ def launched(module: str, folder: Path, processes: int, progress=None) -> Iterat
     if 0 < torch.cuda.device_count() < processes:
         raise ValueError(f"processes is {processes}: this machine has {torch.cuda.device_count()} GPUs, one for each")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    package = str(Path(__file__).parent.parent)
+    package = str(Path(__file__).parent.parent.parent)
     threads = max(1, torch.get_num_threads() // processes)
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),

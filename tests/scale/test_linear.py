@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from irra_core import linear as module
-from irra_core.linear import Linear, keep_freed_memory, linear
+from irra_core.scale import linear as module
+from irra_core.scale.linear import Linear, keep_freed_memory, linear
 
 SHAPES = {"rows": (7, 5), "a batch": (3, 4, 5), "one vector": (5,), "no rows": (0, 5), "four axes": (2, 1, 3, 5)}
 
@@ -89,7 +89,7 @@ def test_the_layer_has_the_weights_of_torchs_own():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator is Linux's")
 def test_a_process_that_keeps_its_memory_asks_for_new_pages_once():
     source = (
-        "import resource, torch; from irra_core.linear import keep_freed_memory\n"
+        "import resource, torch; from irra_core.scale.linear import keep_freed_memory\n"
         "if {keep}: keep_freed_memory()\n"
         "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "for _ in range(12): torch.ones(2**24)\n"  # 64 MiB

@@ -1,0 +1,1 @@
+"""Several processes, and faster arithmetic on some CPUs."""

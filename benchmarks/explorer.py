@@ -22,7 +22,7 @@ from pandas import DataFrame
 from playwright.sync_api import Page, sync_playwright
 
 import irra_core as irra
-from irra_core.nearest import Memory
+from irra_core.search.nearest import Memory
 
 PHOTOS, PRESSES = 100_000, 50
 TYPED = "a man in a red coat and white trousers with a black bag and a hat"

@@ -22,8 +22,8 @@ from torch import nn
 import irra_core as irra
 from irra_core import retrieval
 from irra_core.evaluation import encode_images, encode_texts
-from irra_core.nearest import GRAPH, Memory
 from irra_core.retrieval import HEAD, Gallery, _begin_folder, model_fingerprint
+from irra_core.search.nearest import GRAPH, Memory
 
 QUERIES = ["a man in a red coat", "a woman with a white bag", "someone on a bicycle", "blue trousers"]
 

@@ -13,9 +13,10 @@ import pandas as pd
 import pytest
 from test_retrieval import QUERIES, Interrupted, RandomModel, brute_force, model, photos, same_ranking, shard
 
-from irra_core import milvus, retrieval
-from irra_core.milvus import Milvus
+from irra_core import retrieval
 from irra_core.retrieval import Gallery
+from irra_core.search import milvus
+from irra_core.search.milvus import Milvus
 
 pytest.importorskip("pymilvus", reason="the extra [milvus] is not installed")
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import irra_core as irra
-from irra_core import reranking
-from irra_core.reranking import CANDIDATES, hidden_words, reciprocal_scores, word_scores
 from irra_core.retrieval import Gallery
+from irra_core.search import reranking
+from irra_core.search.reranking import CANDIDATES, hidden_words, reciprocal_scores, word_scores
 from irra_core.text import MASK_ID
 
 

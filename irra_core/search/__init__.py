@@ -1,0 +1,1 @@
+"""Approximate search, Milvus and re-ranking behind a gallery."""

@@ -11,11 +11,12 @@ import pandas as pd
 import torch
 from pandas import DataFrame
 
-from irra_core import released, runs
+from irra_core import runs
 from irra_core.batches import Batches
 from irra_core.model import IRRA, build_model
 from irra_core.objective import loss_parts
 from irra_core.recipes import recipe, smoke, unknown
+from irra_core.released import clone as released
 from irra_core.training import build_optimiser
 from irra_core.workloads import (
     LIMIT_SIZES,

@@ -353,7 +353,7 @@ def _size(machine: Mapping[str, Any]) -> list[str]:
 
 def published() -> DataFrame:
     """The published results, ablations and transfer figures, each row with its source (published.csv)."""
-    with importlib.resources.files("irra_core").joinpath("published.csv").open(encoding="utf-8") as file:
+    with importlib.resources.files("irra_core.released").joinpath("published.csv").open(encoding="utf-8") as file:
         return pd.read_csv(file)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from irra_core import released, runs
+from irra_core import runs
 from irra_core.annotations import photo_table
 from irra_core.batches import Batch, Batches
 from irra_core.evaluation import computes_bf16, encode_images, evaluate
@@ -34,6 +34,7 @@ from irra_core.metrics import query_metrics_from_features, retrieval_metrics
 from irra_core.model import IRRA, build_model
 from irra_core.objective import Objective, loss_parts
 from irra_core.recipes import Recipe, cores, recipe, smoke
+from irra_core.released import clone as released
 from irra_core.scale.linear import linear
 from irra_core.text import tokenize
 from irra_core.training import build_optimiser, optimise, step_precision

@@ -8,7 +8,8 @@ import torch
 from clone import FILES, write_clone
 
 import irra_core as irra
-from irra_core import released, workloads
+from irra_core import workloads
+from irra_core.released import clone as released
 from irra_core.workloads import Bench, Row, Target
 
 CPU = torch.device("cpu")

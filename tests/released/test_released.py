@@ -7,8 +7,8 @@ import torch
 from clone import write_clone
 
 import irra_core as irra
-from irra_core import released
 from irra_core.batches import Batches
+from irra_core.released import clone as released
 
 CPU = torch.device("cpu")
 

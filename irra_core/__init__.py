@@ -41,9 +41,9 @@ _MODULES = {
     "benchmark": "benchmark",
     "studies": "studies",
     "comparison": "comparison",
-    "leaks": "leaks",
+    "leaks": "analysis.leaks",
     "transfer": "transfer",
-    "plots": "plots",
+    "plots": "analysis.plots",
     "report": "report",
 }
 

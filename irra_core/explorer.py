@@ -18,8 +18,8 @@ import traitlets
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
-from irra_core import plots
-from irra_core.explanations import explain, fill_masks
+from irra_core.analysis import plots
+from irra_core.analysis.explanations import explain, fill_masks
 from irra_core.images import UnreadableImages, load_images, open_photo
 from irra_core.metrics import query_metrics
 from irra_core.recipes import recipe

@@ -19,7 +19,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
-from irra_core import comparison, plots, runs, transfer
+from irra_core import comparison, runs, transfer
+from irra_core.analysis import plots
 from irra_core.evaluation import METRICS, Interval
 from irra_core.recipes import RECIPES, Recipe, smoke
 

@@ -5,8 +5,16 @@ import pytest
 import torch
 from torch import nn
 
+from irra_core.analysis.explanations import (
+    attention_mass,
+    box_cover,
+    explain,
+    fill_masks,
+    named_words,
+    rollout,
+    word_evidence,
+)
 from irra_core.annotations import load_annotations
-from irra_core.explanations import attention_mass, box_cover, explain, fill_masks, named_words, rollout, word_evidence
 from irra_core.images import load_images
 from irra_core.model import IRRA, build_model
 from irra_core.recipes import recipe

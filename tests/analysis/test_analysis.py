@@ -7,7 +7,7 @@ import pytest
 import torch
 from pandas import DataFrame
 
-from irra_core import analysis
+from irra_core.analysis import confusions as analysis
 from irra_core.annotations import load_annotations
 from irra_core.metrics import bootstrap_interval
 from irra_core.synthetic.people import attributes, make_synthetic

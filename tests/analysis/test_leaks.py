@@ -7,7 +7,7 @@ import pytest
 from pandas import DataFrame
 from PIL import Image
 
-from irra_core import leaks
+from irra_core.analysis import leaks
 from irra_core.annotations import load_annotations
 from irra_core.images import UnreadableImages
 from irra_core.synthetic.people import make_synthetic

@@ -13,7 +13,7 @@ from matplotlib.text import Text
 from pandas import DataFrame
 from PIL import Image
 
-from irra_core import plots
+from irra_core.analysis import plots
 from irra_core.images import UnreadableImages
 
 COLORS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30)]

@@ -40,11 +40,11 @@ _MODULES = {
     "training": "training",
     "benchmark": "benchmark",
     "studies": "studies",
-    "comparison": "comparison",
+    "comparison": "studies.comparison",
     "leaks": "analysis.leaks",
-    "transfer": "transfer",
+    "transfer": "studies.transfer",
     "plots": "analysis.plots",
-    "report": "report",
+    "report": "studies.report",
 }
 
 __all__ = [*_HOME, *_MODULES]

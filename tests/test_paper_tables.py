@@ -9,7 +9,7 @@ import nbformat
 import pytest
 
 import irra_core as irra
-from irra_core.studies import STUDIES
+from irra_core.studies.grid import STUDIES
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docs" / "paper_tables.md").read_text()

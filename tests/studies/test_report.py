@@ -12,7 +12,8 @@ import pytest
 from pandas import DataFrame
 
 import irra_core as irra
-from irra_core import report, runs
+from irra_core import runs
+from irra_core.studies import report
 
 SCORES = {"R1": 41.0, "R5": 62.0, "R10": 73.0, "mAP": 44.0, "mINP": 25.0}
 SVG = '<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'
@@ -279,7 +280,7 @@ def test_a_folder_without_runs_gives_a_page_with_what_is_published(tmp_path):
 
 
 def test_the_committed_example_is_on_the_page_of_a_fresh_clone(tmp_path):
-    example = Path(__file__).resolve().parent.parent / "reports" / "example"
+    example = Path(__file__).resolve().parents[2] / "reports" / "example"
     (tmp_path / "example").symlink_to(example)
     assert runs.collect(tmp_path).empty  # links are not followed, so that `latest` counts no run twice
     found = report.entries(runs.collect(example.parent), example.parent, {})

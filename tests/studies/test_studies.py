@@ -12,10 +12,11 @@ from nbformat.v4 import new_code_cell, new_notebook
 from pandas import DataFrame
 
 import irra_core as irra
-from irra_core import runs, studies
-from irra_core.comparison import compare, verdict
+from irra_core import runs
 from irra_core.recipes import PRESETS
-from irra_core.studies import STUDIES, Study, estimate, plan, run_all
+from irra_core.studies import grid as studies
+from irra_core.studies.comparison import compare, verdict
+from irra_core.studies.grid import STUDIES, Study, estimate, plan, run_all
 
 # the grid
 

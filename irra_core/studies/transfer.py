@@ -12,11 +12,11 @@ from pandas import DataFrame
 from irra_core.analysis.leaks import SAME, nearest, pairs, photo_hashes, without
 from irra_core.annotations import DATA_SETS, data_root, photo_table
 from irra_core.checkpoints import load_checkpoint
-from irra_core.comparison import seed_identity_interval
 from irra_core.evaluation import METRICS, Interval, evaluate
 from irra_core.images import image_array
 from irra_core.recipes import smoke
 from irra_core.runs import WEIGHTS, load_run, published, reports_root
+from irra_core.studies.comparison import seed_identity_interval
 
 REAL = ("cuhk", "icfg", "rstp")
 RENDERED = ("synthetic", "synthetic-night", "synthetic-campus")

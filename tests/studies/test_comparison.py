@@ -13,9 +13,10 @@ from pandas import DataFrame
 from safetensors.torch import save_file
 
 import irra_core as irra
-from irra_core import comparison, runs
-from irra_core.comparison import compare, seed_identity_interval, verdict
+from irra_core import runs
 from irra_core.metrics import bootstrap_interval
+from irra_core.studies import comparison
+from irra_core.studies.comparison import compare, seed_identity_interval, verdict
 
 
 def slow_interval(values, pids, draws, seed=0):

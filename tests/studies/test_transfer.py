@@ -8,10 +8,10 @@ import pytest
 from pandas import DataFrame
 
 import irra_core as irra
-from irra_core import transfer
 from irra_core.analysis import leaks
 from irra_core.annotations import load_annotations
 from irra_core.metrics import bootstrap_interval
+from irra_core.studies import transfer
 from irra_core.synthetic.people import make_synthetic
 from irra_core.training import trained_run
 

@@ -19,10 +19,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
-from irra_core import comparison, runs, transfer
+from irra_core import runs
 from irra_core.analysis import plots
 from irra_core.evaluation import METRICS, Interval
 from irra_core.recipes import RECIPES, Recipe, smoke
+from irra_core.studies import comparison, transfer
 
 HEADINGS = {"R1": "R@1 (%)", "R5": "R@5 (%)", "R10": "R@10 (%)", "mAP": "mAP (%)", "mINP": "mINP (%)"}
 LARGEST_FIGURE = 2**20  # bytes; a larger one is linked and not embedded, so that the page stays light
@@ -78,7 +79,7 @@ def page(base: Path) -> str:
     sections += [("broken", "Left out", _broken(left_out))] if left_out else []
     sections += [(f"data-{name}", name, _dataset(name, [])) for name in only]
     count = sum(len(entry.folders) for entry in shown)
-    style = importlib.resources.files("irra_core").joinpath("report.css").read_text(encoding="utf-8")
+    style = importlib.resources.files("irra_core.studies").joinpath("report.css").read_text(encoding="utf-8")
     links = "".join(f'<a href="#{_text(anchor)}">{_text(title)}</a>' for anchor, title, _ in sections)
     body = "".join(f'<section id="{_text(a)}"><h2>{_text(t)}</h2>{content}</section>' for a, t, content in sections)
     return f"""<!doctype html>

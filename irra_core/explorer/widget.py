@@ -44,8 +44,8 @@ class QueryExplorer(anywidget.AnyWidget):
     `QueryExplorer(gallery, annotations, **state)` shows the same page again.
     """
 
-    _esm = Path(__file__).with_name("explorer.js")
-    _css = Path(__file__).with_name("explorer.css")
+    _esm = Path(__file__).with_name("widget.js")
+    _css = Path(__file__).with_name("widget.css")
 
     query = traitlets.Unicode("").tag(sync=True)
     k = traitlets.Int(10, min=1, max=200).tag(sync=True)

@@ -14,8 +14,8 @@ import pytest
 from pandas import DataFrame
 from PIL import Image
 
-import irra_core.explorer as module
-from irra_core.explorer import QueryExplorer
+import irra_core.explorer.widget as module
+from irra_core.explorer.widget import QueryExplorer
 from irra_core.model import build_model
 from irra_core.recipes import recipe
 

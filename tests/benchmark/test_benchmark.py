@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from irra_core import benchmark, workloads
-from irra_core.workloads import WORKS
+from irra_core.benchmark import timing as benchmark
+from irra_core.benchmark import workloads
+from irra_core.benchmark.workloads import WORKS
 
 
 @pytest.fixture

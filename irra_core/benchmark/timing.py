@@ -13,12 +13,7 @@ from pandas import DataFrame
 
 from irra_core import runs
 from irra_core.batches import Batches
-from irra_core.model import IRRA, build_model
-from irra_core.objective import loss_parts
-from irra_core.recipes import recipe, smoke, unknown
-from irra_core.released import clone as released
-from irra_core.training import build_optimiser
-from irra_core.workloads import (
+from irra_core.benchmark.workloads import (
     LIMIT_SIZES,
     ON_REQUEST,
     WORKS,
@@ -29,6 +24,11 @@ from irra_core.workloads import (
     precisions,
     seconds_of,
 )
+from irra_core.model import IRRA, build_model
+from irra_core.objective import loss_parts
+from irra_core.recipes import recipe, smoke, unknown
+from irra_core.released import clone as released
+from irra_core.training import build_optimiser
 
 FORMAT = 1  # of benchmark.json
 PARTS = (  # of a training step, in their order

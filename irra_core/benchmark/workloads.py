@@ -342,7 +342,7 @@ def larger_ranking(bench: Bench) -> list[Row]:
 
 def _ranking_rows(bench: Bench, work: str, count: int, repeats: int, target: Target | None, most_gib: int) -> list[Row]:
     """Seconds and peak memory above the features of ranking count × count, each time in a process of its own."""
-    source = "import sys; from irra_core.workloads import ranking_cost; print(ranking_cost(*map(int, sys.argv[1:])))"
+    source = "import sys; from irra_core.benchmark.workloads import ranking_cost; print(ranking_cost(*map(int, sys.argv[1:])))"
     found = []
     for _ in range(repeats):
         said = _in_child(source, str(count), str(torch.get_num_threads()))

@@ -8,9 +8,9 @@ import torch
 from clone import FILES, write_clone
 
 import irra_core as irra
-from irra_core import workloads
+from irra_core.benchmark import workloads
+from irra_core.benchmark.workloads import Bench, Row, Target
 from irra_core.released import clone as released
-from irra_core.workloads import Bench, Row, Target
 
 CPU = torch.device("cpu")
 SMALL = {"batch": 4, "batches": 2, "queries": 40, "gallery": 20, "people": 10, "features": 60}

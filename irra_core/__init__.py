@@ -4,60 +4,37 @@ Names load on first use, so that `import irra_core` costs nothing and a mistyped
 torch is imported.
 """
 
-import importlib
+from irra_core.settings import lazily
 
-_HOMES = {
-    "recipes": "recipe Recipe RECIPES PRESETS notebook_parameters",
-    "annotations": "load_annotations check_annotations",
-    "synthetic": "make_synthetic synthetic_ceiling",
-    "text": "tokenize",
-    "images": "open_annotations load_images",
-    "model": "build_model IRRA Features",
-    "losses": "sdm_loss itc_loss cmpm_loss cmpc_loss tal_loss id_loss mlm_loss LOSSES",
-    "metrics": "retrieval_metrics",
-    "checkpoints": "save_checkpoint load_checkpoint load_official save_official",
-    "runs": "published",
-    "evaluation": "evaluate Evaluation",
-    "training": "train",
+_HOMES = {  # module below irra_core: the names that it gives
+    "settings": "settings",
+    "recipes": "recipe Recipe RECIPES PRESETS recipes",
+    "notebook": "notebook_parameters notebook",
+    "annotations": "load_annotations annotations",
+    "analysis.checks": "check_annotations",
+    "synthetic": "make_synthetic synthetic_ceiling synthetic",
+    "text": "tokenize text",
+    "images": "open_annotations load_images images",
+    "scale.distributed": "distributed",
+    "augmentation": "augmentation",
+    "batches": "batches",
+    "model": "build_model IRRA Features model",
+    "losses": "sdm_loss itc_loss cmpm_loss cmpc_loss tal_loss id_loss mlm_loss LOSSES losses",
+    "metrics": "retrieval_metrics metrics",
+    "checkpoints": "save_checkpoint load_checkpoint load_official save_official checkpoints",
+    "released.published": "published",
+    "evaluation": "evaluate Evaluation evaluation",
+    "runs": "runs",
+    "training": "train training",
     "retrieval": "Gallery",
     "explorer": "QueryExplorer",
-}
-_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
-_MODULES = {
-    "recipes": "recipes",
-    "annotations": "annotations",
-    "synthetic": "synthetic",
-    "text": "text",
-    "images": "images",
-    "distributed": "scale.distributed",
-    "batches": "batches",
-    "model": "model",
-    "losses": "losses",
-    "metrics": "metrics",
-    "checkpoints": "checkpoints",
-    "evaluation": "evaluation",
-    "runs": "runs",
-    "training": "training",
     "benchmark": "benchmark",
     "studies": "studies",
-    "comparison": "studies.comparison",
-    "leaks": "analysis.leaks",
-    "transfer": "studies.transfer",
-    "plots": "analysis.plots",
-    "report": "studies.report",
+    "studies.comparison": "comparison",
+    "analysis.leaks": "leaks",
+    "studies.transfer": "transfer",
+    "analysis.plots": "plots",
+    "studies.report": "report",
 }
-
-__all__ = [*_HOME, *_MODULES]
+__getattr__, __dir__, __all__ = lazily(__name__, _HOMES)
 __version__ = "0.1.0"
-
-
-def __getattr__(name: str):
-    if name in _MODULES:
-        return importlib.import_module(f"irra_core.{_MODULES[name]}")
-    if name not in _HOME:
-        raise AttributeError(f"module 'irra_core' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"irra_core.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)

@@ -20,7 +20,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from irra_core.recipes import check_patches, project_root, unknown, unsuited
+from irra_core.recipes import check_patches, unsuited
+from irra_core.settings import project_root, unknown
 
 # The little CLIP of the synthetic recipe; its vocabulary and context are CLIP's.
 SMALL_CLIP = {

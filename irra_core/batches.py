@@ -1,7 +1,7 @@
 """Table + array + seed + step → the batch of that step (so a run can resume at any step)."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -9,12 +9,54 @@ from jaxtyping import Float, Int, UInt8
 from pandas import DataFrame
 from torch import Tensor
 
-from irra_core.images import augment, draw_augmentation, moved
+from irra_core.augmentation import augment, draw_augmentation, moved
 from irra_core.recipes import Recipe
-from irra_core.scale.distributed import member
 from irra_core.text import mask_tokens, masked_words, tokenize, trim
 
 ORDER, MASKS, AUGMENTATION = range(3)  # what is drawn: each has random numbers of its own
+
+
+class Team(NamedTuple):
+    """Which of how many processes this is; alone, nothing is sent anywhere."""
+
+    process: int = 0
+    processes: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """True in the one process that writes files and shows progress."""
+        return self.process == 0
+
+    def part(self, count: int) -> slice:
+        """This process's share of so many rows: the shares, in order, are all rows and differ by at most one."""
+        return slice(count * self.process // self.processes, count * (self.process + 1) // self.processes)
+
+    def gathered(self, rows: Float[Tensor, "mine ..."], count: int) -> Float[Tensor, "all ..."]:
+        """All `count` rows, of which each process gives its part; the gradient finds its way back to each part.
+
+        Every process must compute the same loss of the gathered rows: the gradient of a part is then that of the sum
+        of all processes' losses, which DistributedDataParallel divides by their number again.
+        """
+        if self.processes == 1:
+            return rows
+        from irra_core.scale.gathering import Gathered
+
+        return Gathered.apply(rows, self, count)
+
+    def wait(self) -> None:
+        """Go on when all processes are here."""
+        if self.processes > 1:
+            torch.distributed.barrier()
+
+
+ALONE = Team()
+
+
+def member(process: int, processes: int) -> Team:
+    """The team of so many processes as that one sees it. Raises ValueError where there is no such one."""
+    if not 0 <= process < processes:
+        raise ValueError(f"process is {process} of {processes}: accepted is 0 to the number of processes - 1")
+    return Team(process, processes)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from jaxtyping import Float, Int, Num
 from pandas import DataFrame
 from torch import Tensor
 
-from irra_core.images import image_array, moved, normalise
+from irra_core.augmentation import moved, normalise
+from irra_core.batches import ALONE, Team
+from irra_core.images import image_array
 from irra_core.metrics import bootstrap_intervals, query_metrics_from_features
-from irra_core.scale.distributed import ALONE, Team
 from irra_core.text import VOCABULARY, tokenize, trim
 
 METRICS = {"R1": "R1", "R5": "R5", "R10": "R10", "mAP": "AP", "mINP": "INP"}  # score → its value for one query

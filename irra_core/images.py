@@ -3,14 +3,12 @@
 import contextlib
 import errno
 import fcntl
-import functools
 import hashlib
 import json
 import math
 import os
 import shutil
 import stat
-import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -22,22 +20,15 @@ import numpy as np
 import PIL
 import pyarrow
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from pandas import DataFrame
 from PIL import Image
 from torch import Tensor
 
-from irra_core.annotations import data_root, load_annotations, photo_table
+from irra_core.annotations import load_annotations, photo_table
 from irra_core.photos import read_photo
-from irra_core.recipes import SMOKE_IDENTITIES, Recipe, cores, project_root, smoke
-from irra_core.synthetic.people import RENDERING, make_synthetic
-
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's training images, red, green, blue of 0..1
-STD = (0.26862954, 0.26130258, 0.27577711)
-ERASED_AREA = (0.02, 0.4)  # released code; share of the image
-ERASED_RATIO = (0.3, 3.3)  # torchvision's default; height over width
-ERASE_ATTEMPTS = 10  # torchvision's; a box that does not fit is drawn again
+from irra_core.recipes import Recipe
+from irra_core.settings import SMOKE_IDENTITIES, cache_root, cores, data_root, smoke
 
 VERSION = 2  # of what decoding does to a picture and of the digest: arrays of another version are not used
 GROUP = 8  # neighbouring images that a thread takes at once
@@ -69,31 +60,6 @@ class ImageArray(NamedTuple):
 
     pixels: UInt8[np.ndarray, "n 3 h w"]
     digest: str
-
-
-class Augmentation(NamedTuple):
-    """What happens to each image of a batch; drawn for the whole batch, so that a process can take its part.
-
-    `top` and `left` place the crop in the padded image; a row of `boxes` is the erased top, left, height and width in
-    pixels, all zero where nothing is erased.
-    """
-
-    flip: Bool[Tensor, " n"]
-    top: Int[Tensor, " n"]
-    left: Int[Tensor, " n"]
-    boxes: Int[Tensor, "n 4"]
-
-    def part(self, rows: slice) -> "Augmentation":
-        """The augmentation of some of the images."""
-        return Augmentation(*(drawn[rows] for drawn in self))
-
-
-def cache_root() -> Path:
-    """The folder of everything that can be made again: IRRA_CACHE, else irra-core in the user's cache folder."""
-    if given := os.environ.get("IRRA_CACHE"):
-        return project_root() / Path(given).expanduser()
-    usual = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    return Path(os.environ.get("XDG_CACHE_HOME") or usual) / "irra-core"
 
 
 def image_array(paths: Iterable[str | Path], height: int, width: int, progress: Callable | None = None) -> ImageArray:
@@ -414,6 +380,8 @@ def open_annotations(
     if not recipe.dataset.startswith("synthetic"):
         table = load_annotations(recipe.dataset, root, recipe.identities)
         return leave_out_unreadable(table, recipe, progress) if leave_out else table
+    from irra_core.synthetic.people import RENDERING, make_synthetic
+
     root = data_root(root) / (f"smoke/rendering-{RENDERING}" if smoke() else "")  # an older one is in nobody's way
     domain = recipe.dataset.removeprefix("synthetic").removeprefix("-") or "street"
     made = {"people": SMOKE_IDENTITIES} if smoke() else {}
@@ -467,79 +435,6 @@ def load_images(paths: Iterable[str | Path], recipe: Recipe) -> Float[Tensor, "n
     pixels, unreadable = decoded_array(files, height, width)
     if unreadable:
         raise UnreadableImages(unreadable)
+    from irra_core.augmentation import normalise
+
     return normalise(torch.from_numpy(pixels))
-
-
-def on_device(pixels: UInt8[np.ndarray, "n 3 h w"], device: torch.device) -> UInt8[Tensor, "n 3 h w"]:
-    """A copy of an image array on a device, made piece by piece: the array may be larger than the free memory here."""
-    near = torch.empty(pixels.shape, dtype=torch.uint8, device=device)
-    for start in range(0, len(pixels), 1024):
-        near[start : start + 1024] = torch.from_numpy(np.array(pixels[start : start + 1024]))
-    return near
-
-
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on that device. Neither side waits for a copy to a GPU: it is made from pinned memory."""
-    gpu = device.type == "cuda"
-    return (tensor.pin_memory() if gpu and tensor.device.type == "cpu" else tensor).to(device, non_blocking=gpu)
-
-
-def normalise(pixels: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-    """The pixels as CLIP wants them: 0..1, less MEAN, over STD, in float32, on their device."""
-    mean, scale = _mean_and_scale(pixels.device)
-    return pixels.float().sub_(mean).mul_(scale)
-
-
-@functools.cache
-def _mean_and_scale(device: torch.device) -> tuple[Float[Tensor, "3 1 1"], Float[Tensor, "3 1 1"]]:
-    """255 MEAN and 1 / (255 STD), kept on the device so that no step waits for them."""
-    with torch.inference_mode(False):
-        mean, std = (torch.tensor(numbers, dtype=torch.float64)[:, None, None] * 255 for numbers in (MEAN, STD))
-        return mean.float().to(device), (1 / std).float().to(device)
-
-
-def draw_augmentation(n: int, recipe: Recipe, generator: torch.Generator) -> Augmentation:
-    """Random mirroring, crop and erased box for n images, as torchvision's transforms in the released code draw them.
-
-    RandomHorizontalFlip, Pad and RandomCrop, RandomErasing with area ERASED_AREA and ratio ERASED_RATIO.
-    """
-    flip = torch.rand(n, generator=generator) < recipe.flip_probability
-    top, left = torch.randint(0, 2 * recipe.crop_padding + 1, (2, n), generator=generator)
-    return Augmentation(flip, top, left, _draw_boxes(n, recipe, generator))
-
-
-def _draw_boxes(n: int, recipe: Recipe, generator: torch.Generator) -> Int[Tensor, "n 4"]:
-    """Erased boxes: the first of ERASE_ATTEMPTS that is smaller than the image, none where none is."""
-    height, width = recipe.image_height, recipe.image_width
-    area, ratio, y, x = torch.rand(4, n, ERASE_ATTEMPTS, generator=generator, dtype=torch.float64)
-    low, high = ERASED_AREA
-    area = height * width * (low + (high - low) * area)
-    low, high = (math.log(bound) for bound in ERASED_RATIO)
-    ratio = torch.exp(low + (high - low) * ratio)
-    tall, wide = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
-    fits = (tall < height) & (wide < width)
-    boxes = torch.stack([(y * (height - tall + 1)).long(), (x * (width - wide + 1)).long(), tall, wide], dim=2)
-    first = boxes[torch.arange(n), fits.int().argmax(1)]
-    erased = (torch.rand(n, generator=generator) < recipe.erase_probability) & fits.any(1)
-    return first * erased[:, None]
-
-
-def augment(pixels: UInt8[Tensor, "b 3 h w"], augmentation: Augmentation, recipe: Recipe) -> Float[Tensor, "b 3 h w"]:
-    """The batch mirrored, padded with black, cropped, normalised and erased to MEAN, in this order, on its device.
-
-    The value of erased pixels is MEAN after normalisation, as in the released code, so not the mean colour.
-    """
-    height, width, padding = *pixels.shape[2:], recipe.crop_padding
-    flip, top, left, boxes = (moved(drawn, pixels.device) for drawn in augmentation)
-    rows = torch.arange(height, device=pixels.device)
-    columns = torch.arange(width, device=pixels.device)
-    across = width + 2 * padding
-    x = left[:, None] + columns
-    x = torch.where(flip[:, None], across - 1 - x, x)  # the padding is symmetric, so mirroring commutes with it
-    y = top[:, None] + rows
-    source = (y[:, :, None] * across + x[:, None, :]).flatten(1)
-    padded = F.pad(pixels, [padding] * 4).flatten(2)
-    images = normalise(padded.gather(2, source[:, None].expand(-1, 3, -1)).view(pixels.shape))
-    y, x, tall, wide = boxes[:, :, None].unbind(1)
-    inside = ((rows >= y) & (rows < y + tall))[:, :, None] & ((columns >= x) & (columns < x + wide))[:, None, :]
-    return torch.where(inside[:, None], _mean_and_scale(pixels.device)[0] / 255, images)

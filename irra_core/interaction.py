@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from irra_core.packing import Packing
-from irra_core.recipes import unknown
 from irra_core.scale.linear import linear
+from irra_core.settings import unknown
 
 # Keys up to which a CPU in bf16 computes attention step by step: torch's fused one takes three to six times as long.
 # The scores are then rounded too: the gradient's error grows from 1.7 to 2.0 % of its norm (small CLIP, 16 batches).

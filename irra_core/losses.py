@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from irra_core.recipes import Recipe, unknown
+from irra_core.recipes import Recipe
+from irra_core.settings import unknown
 
 EPSILON = 1e-8  # released: keeps the logarithm of a target of zero finite
 

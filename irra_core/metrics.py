@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor
 
-from irra_core.recipes import unknown
 from irra_core.scale.linear import linear
+from irra_core.settings import unknown
 
 CUTS = (1, 5, 10)  # the field's R@k
 SORT_ABOVE = 400  # positives a query: from here one sort of the row costs less than counting for each (measured, CPU)

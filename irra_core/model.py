@@ -1,6 +1,5 @@
 """A batch → `Features`: the dual encoder (open_clip) and the interaction encoder."""
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +13,13 @@ from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from irra_core.augmentation import moved
 from irra_core.backbone import WEIGHT_SUFFIXES, configuration, download, load_clip_weights, new_clip
-from irra_core.images import cache_root, moved
 from irra_core.interaction import build_interaction, norm, run_block
 from irra_core.packing import Packing
-from irra_core.recipes import Recipe, pretraining, project_root
+from irra_core.recipes import Recipe
 from irra_core.scale.linear import Linear, keep_freed_memory, linear
-from irra_core.synthetic.people import RENDERING
+from irra_core.settings import project_root
 from irra_core.variants.adapters import limit_learning
 
 
@@ -334,15 +333,11 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def general_weights(recipe: Recipe) -> Path:
-    """Where the small CLIP pretrained by that recipe is kept, made or not; other renderings have other weights."""
-    key = hashlib.sha256(f"{recipe.key()} {RENDERING}".encode()).hexdigest()[:16]
-    return cache_root() / "general" / f"{key}.safetensors"
-
-
 def _pretrained_file(recipe: Recipe, general: Path | None) -> Path:
     """The weights file that `pretrained` stands for, downloaded by open_clip if it is a tag."""
     if recipe.pretrained == "general":
+        from irra_core.synthetic.pretraining import general_weights, pretraining
+
         path = Path(general or general_weights(pretraining()))
         if not path.is_file():
             raise FileNotFoundError(

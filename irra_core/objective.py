@@ -8,12 +8,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from irra_core.batches import Batch
+from irra_core.batches import ALONE, Batch, Team
 from irra_core.evaluation import autocast
 from irra_core.losses import mlm_loss, total_loss
 from irra_core.model import IRRA, Features
 from irra_core.recipes import Recipe
-from irra_core.scale.distributed import ALONE, Team
 
 
 def loss_parts(

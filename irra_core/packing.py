@@ -9,7 +9,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from irra_core.images import moved
+from irra_core.augmentation import moved
 
 
 class Packing(NamedTuple):

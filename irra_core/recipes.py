@@ -1,18 +1,17 @@
 """A data set's name and overrides → `Recipe`, a frozen dataclass: every number of a run, its default, its source."""
 
-import ast
 import dataclasses
-import difflib
 import functools
 import html
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
+
+from irra_core.settings import SMOKE_IDENTITIES, SMOKE_STEPS, project_root, short, smoke, unknown
 
 LOSS_NAMES = ("sdm", "itc", "cmpm", "cmpc", "tal", "id", "mlm")
 ALIGNING = ("sdm", "itc", "cmpm", "tal")  # only these bring a sentence and its photo together
@@ -28,8 +27,6 @@ USED_BY = {  # fields that only some losses read: changed without them, they wou
 NEUTRAL = {"frozen": "none", "adapter_rank": 0, "micro_batch": None, "unreadable": "leave_out"}
 PLAIN = {"pretrained": "none", "pretrained_towers": "both"} | NEUTRAL  # a model of random weights that all learn
 OPENAI = tuple(f"ViT-{size}-quickgelu" for size in ("B-16", "B-32", "L-14", "L-14-336"))  # backbones with that tag
-DOMAINS = ("street", "night", "campus", "general")
-SMOKE_IDENTITIES, SMOKE_STEPS = 24, 3  # what IRRA_SMOKE=1 leaves of a run
 
 
 def _number(
@@ -241,12 +238,6 @@ def recipe(dataset: str = "synthetic", *, _smoke: bool | None = None, **override
     return Recipe(**values)
 
 
-def pretraining() -> Recipe:
-    """How the small CLIP comes by its `general` weights: InfoNCE on the rendered domain `general`, no selection."""
-    chosen = {"identities": 1000, "losses": "itc", "epochs": 14, "lr": 8e-4, "warmup_epochs": 1, "select_on": "last"}
-    return recipe("synthetic-general", pretrained="none", **chosen)
-
-
 def check_processes(processes: int | None, chosen: Recipe) -> int:
     """So many processes, 1 for None. Raises ValueError unless each can have a pair of the recipe's batches."""
     count = 1 if processes is None else processes
@@ -256,90 +247,6 @@ def check_processes(processes: int | None, chosen: Recipe) -> int:
             "shared out among them"
         )
     return count
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def smoke() -> bool:
-    """True when IRRA_SMOKE=1 asks for the shrunken runs of the tests."""
-    return os.environ.get("IRRA_SMOKE", "0") not in ("", "0")
-
-
-def unknown(what: str, name: object, accepted: Iterable[str]) -> ValueError:
-    """The one sentence in which this library says that a name does not exist."""
-    accepted = sorted(accepted)
-    near = difflib.get_close_matches(name[:80], accepted, n=1) if isinstance(name, str) else ()
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    shown = ", ".join(accepted[:40]) + (", …" if len(accepted) > 40 else "")
-    return ValueError(f"{what} {_short(name)} is unknown: {hint}accepted are {shown}")
-
-
-def _short(value: object) -> str:
-    """How an error shows a value: as Python writes it, cut where it is long."""
-    try:
-        shown = repr(value)
-    except ValueError:  # Python writes no number of more than 4,300 digits
-        return "a number of more than 4,300 digits"
-    except RecursionError:
-        return f"a deeply nested {type(value).__name__}"
-    return shown if len(shown) <= 80 else f"{shown[:60]}… ({len(shown):,} characters)"
-
-
-def notebook_parameters(without: Iterable[str] = ()) -> dict[str, Any]:
-    """The parameters cell of the running notebook with what papermill injected, checked: name → value.
-
-    papermill only warns of a name that no parameter has, and ignores types; here both stop the notebook. `without`
-    leaves out names that do not belong to the recipe. Raises ValueError for an unknown name, TypeError for a value
-    that the annotation does not allow, RuntimeError outside a notebook.
-    """
-    return {name: value for name, value in _read_parameters().items() if name not in tuple(without)}
-
-
-def _read_parameters() -> dict[str, Any]:
-    """Declared defaults updated with injected values, both read from the cells that this kernel has run."""
-    try:
-        from IPython import get_ipython
-
-        cells = get_ipython().user_ns["In"]
-    except (ImportError, AttributeError, KeyError):
-        raise RuntimeError("notebook_parameters() reads the cells of a notebook: call it in one") from None
-    declared: dict[str, tuple[str, Any]] = {}
-    values: dict[str, Any] = {}
-    for cell in cells:
-        try:
-            body = ast.parse(cell).body
-        except SyntaxError:  # cells with magics declare nothing
-            continue
-        if body and all(isinstance(line, ast.AnnAssign) for line in body):
-            declared = {line.target.id: (ast.unparse(line.annotation), ast.literal_eval(line.value)) for line in body}
-            values = {}
-        elif cell.startswith("# Parameters") and all(isinstance(line, ast.Assign) for line in body):
-            values |= {line.targets[0].id: _literal(line.value) for line in body}
-    for name, value in values.items():
-        if name not in declared:
-            raise unknown("parameter", name, declared)
-        _check_annotation(name, declared[name][0], value)
-    return {name: values.get(name, default) for name, (_, default) in declared.items()}
-
-
-def _literal(node) -> Any:
-    """The value of an injected assignment; papermill writes nan and inf as float('nan')."""
-    if isinstance(node, ast.Call):
-        return float(node.args[0].value)
-    return ast.literal_eval(node)
-
-
-def _check_annotation(name: str, annotation: str, value: Any) -> None:
-    """Raise TypeError unless the value is of the parameter's annotated type, or None."""
-    types = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
-    wanted = types[annotation]
-    if value is None or (isinstance(value, wanted) and not (isinstance(value, bool) and bool not in wanted)):
-        return
-    remedy = f"; write -r {name} {value} to pass it as text" if annotation == "str" else ""
-    raise TypeError(f"parameter {name!r} is {value!r}: accepted is {annotation} or None{remedy}")
 
 
 def _layers(dataset: str, backbone: str, pretrained: str | None, preset: str) -> list[tuple[str, dict[str, Any]]]:
@@ -383,14 +290,14 @@ def _checked(item: dataclasses.Field, value: Any) -> Any:
         value = float(value)
     if type(value) not in types and not (float in types and type(value) is int):
         accepted = " or ".join("None" if t is type(None) else t.__name__ for t in types)
-        raise TypeError(f"recipe field {item.name!r} is {_short(value)}: accepted is {accepted}")
+        raise TypeError(f"recipe field {item.name!r} is {short(value)}: accepted is {accepted}")
     if item.metadata["choices"] and value is not None:
         _check_choice(item.name, value, item.metadata["choices"])
     if type(value) in (int, float) and not _within(item.metadata, value):
         words = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
         accepted = " and ".join(f"{words[n]} {item.metadata[n]}" for n in words if item.metadata[n] is not None)
         accepted += f" and at most {sys.float_info.max:.2g}" if value > sys.float_info.max else ""
-        raise ValueError(f"recipe field {item.name!r} is {_short(value)}: accepted is {accepted}")
+        raise ValueError(f"recipe field {item.name!r} is {short(value)}: accepted is {accepted}")
     return value
 
 
@@ -429,12 +336,6 @@ def own_file(dataset: str) -> Path | None:
         except OSError:  # such as a name that is too long for a file
             continue
     return None
-
-
-def project_root() -> Path:
-    """The folder that relative data and report folders are taken from: the checkout, else the working directory."""
-    checkout = Path(__file__).resolve().parent.parent
-    return checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
 
 
 def backbones() -> list[str]:

@@ -17,15 +17,16 @@ from pandas import DataFrame
 from safetensors import SafetensorError, safe_open
 
 from irra_core.backbone import CHECKSUM, checksum
+from irra_core.batches import ALONE, Team, member
 from irra_core.checkpoints import replaced, save_tensors
 from irra_core.evaluation import encode_images, encode_texts
 from irra_core.images import UnreadableImages, decoded_array
-from irra_core.recipes import Recipe, unknown
+from irra_core.recipes import Recipe
 from irra_core.runs import write_text
-from irra_core.scale.distributed import ALONE, Team, member
 from irra_core.search.milvus import Milvus, is_milvus
 from irra_core.search.nearest import GRAPH, Memory, Shard
 from irra_core.search.reranking import CANDIDATES, reciprocal_scores, word_scores
+from irra_core.settings import unknown
 from irra_core.text import whole_characters
 
 FORMAT = 1  # of a gallery's folder

@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import hashlib
-import importlib.resources
 import json
 import os
 import platform
@@ -23,7 +22,8 @@ from irra_core.annotations import photo_table, table_digest
 from irra_core.checkpoints import replaced
 from irra_core.evaluation import METRICS, readable, scores_table
 from irra_core.images import image_array
-from irra_core.recipes import NEUTRAL, RECIPES, Recipe, cores, own_file, project_root, read_recipe, smoke
+from irra_core.recipes import NEUTRAL, RECIPES, Recipe, own_file, read_recipe
+from irra_core.settings import cores, reports_root, smoke
 
 FORMAT = 1  # of what a run folder keeps; a run with another is made again
 WEIGHTS, STATE, STATE_BEFORE = "weights.safetensors", "state.safetensors", "state.previous.safetensors"
@@ -38,11 +38,6 @@ class RunFolder(NamedTuple):
 
     path: Path
     passed_over: dict[Path, list[str]]
-
-
-def reports_root(given: str | Path | None = None) -> Path:
-    """The folder that keeps all runs: given (relative: from the project's root), else IRRA_REPORTS, else `reports`."""
-    return project_root() / (given or os.environ.get("IRRA_REPORTS") or "reports")
 
 
 def dataset_name(dataset: str) -> str:
@@ -292,6 +287,8 @@ def beside_published(metrics: Mapping[str, Any], recipe: Recipe) -> DataFrame:
     table = readable(scores_table(measured))
     if "ceiling_R1" in metrics:
         table.loc["the best that the captions allow", "R1 (%)"] = f"{metrics['ceiling_R1']:.1f}"
+    from irra_core.released.published import published
+
     rows = published()
     for row in rows[(rows.table == "results") & (rows.dataset == recipe.dataset)].itertuples():
         label = f"published: {row.method} ({row.source})"
@@ -349,12 +346,6 @@ def _size(machine: Mapping[str, Any]) -> list[str]:
     if machine["peak_gpu_memory_bytes"] is not None:
         memory += f", of the GPU {machine['peak_gpu_memory_bytes'] / 1e9:.2f} GB"
     return [f"{'trained':>14}: {trained:.2f} M of {total:.2f} M parameters, {memory}"]
-
-
-def published() -> DataFrame:
-    """The published results, ablations and transfer figures, each row with its source (published.csv)."""
-    with importlib.resources.files("irra_core.released").joinpath("published.csv").open(encoding="utf-8") as file:
-        return pd.read_csv(file)
 
 
 def write_table(folder: Path, annotations: DataFrame) -> None:

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import json
 import math
-import shutil
 import sys
 import time
 import warnings
@@ -21,17 +20,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from irra_core import runs
-from irra_core.annotations import hold_out, load_annotations, photo_table
+from irra_core.annotations import hold_out, photo_table
+from irra_core.augmentation import on_device
 from irra_core.backbone import read_weights
-from irra_core.batches import Batch, Batches
-from irra_core.checkpoints import load_checkpoint, load_weights, replaced, save_checkpoint, save_tensors
+from irra_core.batches import ALONE, Batch, Batches, Team
+from irra_core.checkpoints import load_checkpoint, load_weights, save_checkpoint, save_tensors
 from irra_core.evaluation import Evaluation, computes_bf16, evaluate, gain, scores
-from irra_core.images import image_array, on_device
-from irra_core.model import IRRA, build_model, general_weights
+from irra_core.images import image_array
+from irra_core.model import IRRA, build_model
 from irra_core.objective import Objective
-from irra_core.recipes import PLAIN, Recipe, check_processes, pretraining
-from irra_core.scale.distributed import ALONE, Team, joined, launched, tell, telling_errors
-from irra_core.synthetic.people import is_rendered, make_synthetic, synthetic_ceiling, twin_pids
+from irra_core.recipes import PLAIN, Recipe, check_processes
+from irra_core.scale.distributed import joined, launched, tell, telling_errors
+from irra_core.synthetic.people import is_rendered, synthetic_ceiling, twin_pids
 from irra_core.text import tokenize
 from irra_core.variants.adapters import is_adapter, merge
 
@@ -212,24 +212,6 @@ def trained_run(recipe: Recipe, annotations: DataFrame, progress=None) -> Path:
     return folder
 
 
-def pretrained_general(progress=None) -> Path:
-    """The small CLIP's weights after InfoNCE on the domain `general`; rendered and trained once, then cached."""
-    recipe = pretraining()
-    weights = general_weights(recipe)
-    if weights.exists():
-        return weights
-    with runs.locked(weights.parent, wait=True, progress=progress):  # another process may be making them
-        if not weights.exists():
-            folder = weights.with_suffix("")
-            make_synthetic(folder, people=recipe.identities, domain="general", progress=progress)
-            annotations = load_annotations("synthetic-general", folder).assign(split="train")
-            for _ in train(recipe, annotations, folder / "run", progress):
-                pass
-            with replaced(weights) as aside:
-                shutil.copyfile(folder / "run" / runs.WEIGHTS, aside)
-    return weights
-
-
 def replay(folder: str | Path) -> dict[str, float]:
     """Loss parts and gradient's norm of the step at which a run stopped because one was no number, computed again.
 
@@ -263,6 +245,13 @@ def _named(numbers: Float[Tensor, " numbers"], recipe: Recipe) -> dict[str, floa
     return dict(zip((*recipe.loss_names, "gradient"), numbers.tolist(), strict=True))
 
 
+def _general(progress) -> Path:
+    """The small CLIP's pretrained weights, made first where they are not there."""
+    from irra_core.synthetic.pretraining import pretrained_general
+
+    return pretrained_general(progress)
+
+
 class _Best(NamedTuple):
     """The evaluation whose weights are kept."""
 
@@ -282,7 +271,7 @@ class _Run:
         table = annotations[annotations.split == "train"].reset_index(drop=True)
         near = on_device(pixels, self.device) if resides(pixels, self.device) else pixels
         self.batches = Batches(table, near, tokenize(table.caption.tolist()), recipe, self.device)
-        self.general = pretrained_general(progress) if recipe.pretrained == "general" else None
+        self.general = _general(progress) if recipe.pretrained == "general" else None
         self.model = self.initial_model(recipe).to(self.device)
         self.precision = step_precision(recipe.precision, self.device)
         if self.precision == "fp16":

@@ -23,12 +23,12 @@ from irra_core.annotations import (
     PUBLISHED_COUNTS,
     check_annotations,
     count_splits,
-    data_root,
     hold_out,
     load_annotations,
     table_digest,
 )
 from irra_core.recipes import RECIPES
+from irra_core.settings import data_root
 
 QUIRKS = {  # field of the path, first id, captions an image, splits
     "cuhk": ("file_path", 1, 2, ("train", "val", "test")),

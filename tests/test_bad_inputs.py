@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from test_annotations import draw, own, people
 
 import irra_core as irra
-from irra_core.annotations import check_annotations, load_annotations
+from irra_core.analysis.checks import check_annotations
+from irra_core.annotations import load_annotations
 from irra_core.checkpoints import open_checkpoint
 from irra_core.images import image_array
 from irra_core.metrics import query_metrics

@@ -7,8 +7,8 @@ import pytest
 import torch
 from pandas import DataFrame
 
+from irra_core.augmentation import normalise
 from irra_core.batches import Batch, Batches
-from irra_core.images import normalise
 from irra_core.recipes import recipe as make_recipe
 from irra_core.text import END_ID, MASK_ID, START_ID
 

@@ -18,22 +18,18 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from irra_core import images as module
-from irra_core.annotations import check_annotations
+from irra_core.analysis.checks import check_annotations
+from irra_core.augmentation import MEAN, STD, augment, draw_augmentation, normalise
 from irra_core.images import (
-    MEAN,
-    STD,
     UnreadableImages,
-    augment,
-    cache_root,
-    draw_augmentation,
     image_array,
     leave_out_unreadable,
     load_images,
-    normalise,
     open_annotations,
     open_photo,
 )
 from irra_core.recipes import recipe as make_recipe
+from irra_core.settings import cache_root
 
 HEIGHT, WIDTH = 24, 8
 

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 import irra_core as irra
 from irra_core.backbone import new_clip
-from irra_core.model import IRRA, general_weights, seeded
+from irra_core.model import IRRA, seeded
+from irra_core.synthetic.pretraining import general_weights
 
 KINDS = ("cross", "co", "merged")
 START, END, MASK = 118, 119, 117

@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import irra_core as irra
 from irra_core import backbone
-from irra_core.batches import Batches
+from irra_core.batches import ALONE, Batches
 from irra_core.objective import Objective, loss_parts
-from irra_core.scale.distributed import ALONE, joined
+from irra_core.scale.distributed import joined
 from irra_core.text import tokenize
 from irra_core.training import build_optimiser, optimise
 

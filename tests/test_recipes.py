@@ -266,4 +266,4 @@ def test_every_public_name_leads_somewhere():
     with pytest.raises(AttributeError, match="nosuch"):
         irra.nosuch  # noqa: B018
     assert set(RECIPES) >= {"synthetic", "cuhk", "icfg", "rstp"}
-    assert Path(irra.recipes.project_root(), "irra_core").is_dir()
+    assert Path(irra.settings.project_root(), "irra_core").is_dir()

@@ -8,6 +8,7 @@ import pytest
 import irra_core as irra
 from irra_core import runs
 from irra_core.recipes import NEUTRAL
+from irra_core.settings import reports_root
 
 
 def test_the_name_says_what_differs_and_never_the_time():
@@ -35,7 +36,7 @@ def test_smoke_is_part_of_the_name(monkeypatch):
     monkeypatch.setenv("IRRA_SMOKE", "1")
     assert runs.run_name(irra.recipe("cuhk")) == "smoke"
     assert runs.run_name(irra.recipe("cuhk", seed=1)) == "smoke,seed=1"
-    assert runs.run_folder(irra.recipe("cuhk"), "data").path.parent == runs.reports_root() / "smoke" / "cuhk"
+    assert runs.run_folder(irra.recipe("cuhk"), "data").path.parent == reports_root() / "smoke" / "cuhk"
 
 
 def test_own_data_are_named_after_their_file_and_content(tmp_path):
@@ -176,7 +177,7 @@ def test_published_holds_the_papers_main_row():
 
 def test_the_link_to_the_latest_run_moves():
     for name in ("one", "two"):
-        folder = runs.reports_root() / "cuhk" / name
+        folder = reports_root() / "cuhk" / name
         folder.mkdir(parents=True, exist_ok=True)
         runs.mark_latest(folder)
-        assert (runs.reports_root() / "latest").resolve() == folder.resolve()
+        assert (reports_root() / "latest").resolve() == folder.resolve()

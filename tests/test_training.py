@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 
 import irra_core as irra
 from irra_core import images, objective, runs, training
-from irra_core.annotations import check_annotations, hold_out
+from irra_core.analysis.checks import check_annotations
+from irra_core.annotations import hold_out
 from irra_core.losses import total_loss
-from irra_core.training import build_optimiser, half_weights, learning_rate, pretrained_general, train
+from irra_core.synthetic.pretraining import pretrained_general
+from irra_core.training import build_optimiser, half_weights, learning_rate, train
 
 REFERENCE = Path(__file__).parent / "reference"
 pytestmark = pytest.mark.usefixtures("narrow")

@@ -1,16 +1,11 @@
 """Tables and figures about a trained model and its data."""
 
-import importlib
+from irra_core.settings import lazily
 
 _HOMES = {
-    "confusions": "KINDS means by_attribute pair_kinds pair_similarities separation answers contradictions length_groups reliability calibration_error calibrated_temperature",
+    "confusions": (
+        "KINDS means by_attribute pair_kinds pair_similarities separation answers contradictions length_groups "
+        "reliability calibration_error calibrated_temperature"
+    ),
 }
-_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
-
-__all__ = list(_HOME)
-
-
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__, __dir__, __all__ = lazily(__name__, _HOMES)

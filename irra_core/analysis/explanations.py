@@ -10,7 +10,8 @@ from pandas import DataFrame
 from torch import Tensor
 from torch.nn import functional as F
 
-from irra_core.images import image_array, normalise, open_photo
+from irra_core.augmentation import normalise
+from irra_core.images import image_array, open_photo
 from irra_core.interaction import CrossEncoder, attend, norm, run_block
 from irra_core.model import IRRA
 from irra_core.synthetic.captions import things_named

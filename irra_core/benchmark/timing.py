@@ -26,8 +26,9 @@ from irra_core.benchmark.workloads import (
 )
 from irra_core.model import IRRA, build_model
 from irra_core.objective import loss_parts
-from irra_core.recipes import recipe, smoke, unknown
+from irra_core.recipes import recipe
 from irra_core.released import clone as released
+from irra_core.settings import smoke, unknown
 from irra_core.training import build_optimiser
 
 FORMAT = 1  # of benchmark.json

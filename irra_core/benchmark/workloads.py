@@ -29,13 +29,14 @@ from irra_core import runs
 from irra_core.annotations import photo_table
 from irra_core.batches import Batch, Batches
 from irra_core.evaluation import computes_bf16, encode_images, evaluate
-from irra_core.images import cache_root, image_array, open_annotations, open_photo
+from irra_core.images import image_array, open_annotations, open_photo
 from irra_core.metrics import query_metrics_from_features, retrieval_metrics
 from irra_core.model import IRRA, build_model
 from irra_core.objective import Objective, loss_parts
-from irra_core.recipes import Recipe, cores, recipe, smoke
+from irra_core.recipes import Recipe, recipe
 from irra_core.released import clone as released
 from irra_core.scale.linear import linear
+from irra_core.settings import cache_root, cores, smoke
 from irra_core.text import tokenize
 from irra_core.training import build_optimiser, optimise, step_precision
 
@@ -342,7 +343,8 @@ def larger_ranking(bench: Bench) -> list[Row]:
 
 def _ranking_rows(bench: Bench, work: str, count: int, repeats: int, target: Target | None, most_gib: int) -> list[Row]:
     """Seconds and peak memory above the features of ranking count × count, each time in a process of its own."""
-    source = "import sys; from irra_core.benchmark.workloads import ranking_cost; print(ranking_cost(*map(int, sys.argv[1:])))"
+    source = "import sys; from irra_core.benchmark import workloads; "
+    source += "print(workloads.ranking_cost(*map(int, sys.argv[1:])))"
     found = []
     for _ in range(repeats):
         said = _in_child(source, str(count), str(torch.get_num_threads()))

@@ -1,16 +1,8 @@
 """The query explorer: a widget that searches a gallery."""
 
-import importlib
+from irra_core.settings import lazily
 
 _HOMES = {
     "widget": "THUMBNAIL LONGEST DEEP CHOICES Card QueryExplorer",
 }
-_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
-
-__all__ = list(_HOME)
-
-
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__, __dir__, __all__ = lazily(__name__, _HOMES)

@@ -23,7 +23,8 @@ from irra_core.analysis.explanations import explain, fill_masks
 from irra_core.images import UnreadableImages, load_images, open_photo
 from irra_core.metrics import query_metrics
 from irra_core.recipes import recipe
-from irra_core.runs import reports_root, write_text
+from irra_core.runs import write_text
+from irra_core.settings import reports_root
 from irra_core.text import END_ID, MASK_ID, detokenize_words, tokenize, whole_characters
 
 THUMBNAIL = (192, 288)  # pixels: twice the size on the page, for sharp screens

@@ -27,7 +27,8 @@ from irra_core.backbone import learned
 from irra_core.batches import Batch
 from irra_core.checkpoints import released_name
 from irra_core.model import IRRA
-from irra_core.recipes import Recipe, cores
+from irra_core.recipes import Recipe
+from irra_core.settings import cores
 from irra_core.text import CONTEXT, VOCABULARY
 
 MODULES = ("model.build", "solver.build", "utils.metrics", "datasets.bases", "datasets.build")

@@ -1,4 +1,4 @@
-"""One process among several → what it needs of the others: rows shared out, rows gathered with their gradient."""
+"""torchrun → the processes of one run: started from here, joined there, their rows and errors passed on."""
 
 import json
 import os
@@ -10,74 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
-from torch import Tensor
+
+from irra_core.batches import ALONE, Team
 
 PATIENCE = timedelta(hours=12)  # one process decodes a data set or pretrains the small CLIP while the others wait
-
-
-class Team(NamedTuple):
-    """Which of how many processes this is; alone, nothing is sent anywhere."""
-
-    process: int = 0
-    processes: int = 1
-
-    @property
-    def leads(self) -> bool:
-        """True in the one process that writes files and shows progress."""
-        return self.process == 0
-
-    def part(self, count: int) -> slice:
-        """This process's share of so many rows: the shares, in order, are all rows and differ by at most one."""
-        return slice(count * self.process // self.processes, count * (self.process + 1) // self.processes)
-
-    def gathered(self, rows: Float[Tensor, "mine ..."], count: int) -> Float[Tensor, "all ..."]:
-        """All `count` rows, of which each process gives its part; the gradient finds its way back to each part.
-
-        Every process must compute the same loss of the gathered rows: the gradient of a part is then that of the sum
-        of all processes' losses, which DistributedDataParallel divides by their number again.
-        """
-        return rows if self.processes == 1 else _Gathered.apply(rows, self, count)
-
-    def wait(self) -> None:
-        """Go on when all processes are here."""
-        if self.processes > 1:
-            dist.barrier()
-
-
-ALONE = Team()
-
-
-def member(process: int, processes: int) -> Team:
-    """The team of so many processes as that one sees it. Raises ValueError where there is no such one."""
-    if not 0 <= process < processes:
-        raise ValueError(f"process is {process} of {processes}: accepted is 0 to the number of processes - 1")
-    return Team(process, processes)
-
-
-class _Gathered(torch.autograd.Function):
-    """all_gather of parts that may differ by a row; backward all_reduce, and the own part of it."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, team: Team, count: int) -> Tensor:
-        ctx.team, ctx.count = team, count
-        longest = -(-count // team.processes)
-        padded = rows.new_zeros(longest, *rows.shape[1:])
-        padded[: len(rows)] = rows
-        parts = [torch.empty_like(padded) for _ in range(team.processes)]
-        dist.all_gather(parts, padded)
-        places = [Team(process, team.processes).part(count) for process in range(team.processes)]
-        return torch.cat([part[: place.stop - place.start] for part, place in zip(parts, places)])
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient)
-        return gradient[ctx.team.part(ctx.count)], None, None
 
 
 @contextmanager

@@ -5,8 +5,8 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int, UInt8
 from torch import Tensor
 
+from irra_core.augmentation import normalise
 from irra_core.evaluation import autocast, scoring
-from irra_core.images import normalise
 from irra_core.text import MASK_ID, detokenize_words, tokenize
 
 CANDIDATES = {"reciprocal": 100, "words": 20}  # photos that get the second look, if k is not more

@@ -20,7 +20,9 @@ from irra_core.backbone import configuration, learned, patch_grid
 from irra_core.checkpoints import load_checkpoint
 from irra_core.evaluation import METRICS
 from irra_core.interaction import build_interaction
-from irra_core.recipes import Recipe, unknown
+from irra_core.recipes import Recipe
+from irra_core.released.published import published
+from irra_core.settings import unknown
 from irra_core.synthetic.people import is_rendered, twin_pids
 from irra_core.text import VOCABULARY
 
@@ -312,7 +314,7 @@ def beside_published(table: DataFrame, planned: DataFrame) -> DataFrame:
     """
     made = planned.drop_duplicates("variant").set_index("variant").recipe
     dataset = made.iloc[0].dataset
-    rows = runs.published()
+    rows = published()
     rows = rows[rows.table.isin(["ablation", "interaction"])]
     rows = rows[rows.dataset == (dataset if (rows.dataset == dataset).any() else "cuhk")]
     measured = table.set_index("variant")

@@ -20,8 +20,9 @@ from irra_core import runs
 from irra_core.annotations import hold_out
 from irra_core.backbone import WEIGHT_SUFFIXES, download
 from irra_core.images import open_annotations
-from irra_core.recipes import PRESETS, Recipe, cores, project_root, recipe, smoke, unknown
-from irra_core.training import pretrained_general
+from irra_core.recipes import PRESETS, Recipe, recipe
+from irra_core.settings import cores, project_root, reports_root, smoke, unknown
+from irra_core.synthetic.pretraining import pretrained_general
 
 ROUGH_STEP_SECONDS = {"small": {True: 0.25, False: 0.1}}  # with and without MLM; measured on two cores of a server CPU
 ROUGH_RUN_SECONDS = 25.0  # of a run outside its steps on two cores: kernel, imports, evaluations, pictures
@@ -213,7 +214,7 @@ def _measured_steps() -> dict[tuple, float]:
     """What `_alike` makes of a recipe → median training seconds a step of the finished runs on this device."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     found: dict[tuple, list[float]] = {}
-    for file in runs.reports_root().glob("**/metrics.json"):
+    for file in reports_root().glob("**/metrics.json"):
         try:
             run = runs.load_run(file.parent)
         except (OSError, ValueError, KeyError, TypeError):
@@ -402,7 +403,7 @@ def _reached(job: _Job) -> int:
 
 def study_folder(study: str, dataset: str) -> Path:
     """Where a study's table and figure are kept: `studies/<study>` below its data set's reports."""
-    return runs.reports_root() / ("smoke" if smoke() else "") / runs.dataset_name(dataset) / "studies" / study
+    return reports_root() / ("smoke" if smoke() else "") / runs.dataset_name(dataset) / "studies" / study
 
 
 def save_study(folder: Path, tables: Mapping[str, DataFrame], figures: Mapping[str, Any] | None = None) -> list[str]:

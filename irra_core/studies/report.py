@@ -22,7 +22,9 @@ from pandas import DataFrame
 from irra_core import runs
 from irra_core.analysis import plots
 from irra_core.evaluation import METRICS, Interval
-from irra_core.recipes import RECIPES, Recipe, smoke
+from irra_core.recipes import RECIPES, Recipe
+from irra_core.released.published import published
+from irra_core.settings import reports_root, smoke
 from irra_core.studies import comparison, transfer
 
 HEADINGS = {"R1": "R@1 (%)", "R5": "R@5 (%)", "R10": "R@10 (%)", "mAP": "mAP (%)", "mINP": "mINP (%)"}
@@ -54,7 +56,7 @@ def write_report(root: str | Path | None = None) -> Path:
     It needs no other file and no network. With IRRA_SMOKE=1 the page of the shrunken runs is written in their folder;
     without, they are left out. Committed examples are shown, and marked.
     """
-    base = runs.reports_root(root) / ("smoke" if smoke() else "")
+    base = reports_root(root) / ("smoke" if smoke() else "")
     base.mkdir(parents=True, exist_ok=True)
     runs.write_text(base / "index.html", page(base))
     return base / "index.html"
@@ -66,7 +68,7 @@ def page(base: Path) -> str:
     left_out = dict(table.attrs["broken"])
     shown = entries(table, base, left_out)
     names = list(dict.fromkeys(entry.dataset for entry in shown))
-    only = sorted(set(runs.published().query("table == 'results'").dataset) - set(names))
+    only = sorted(set(published().query("table == 'results'").dataset) - set(names))
     folders = _studies(base)
     studies = []
     for folder in folders:
@@ -166,10 +168,10 @@ def _scores(kept: list[tuple[Path, dict[str, Any]]]) -> dict[str, Interval]:
 def _dataset(name: str, shown: list[Entry]) -> str:
     """One data set: its leaderboard and the learning curves of its runs."""
     rows = [(entry.scores.get("R1", (-1.0,))[0], entry.cells) for entry in shown]
-    published = runs.published()
-    published = published[(published.table == "results") & (published.dataset == name)]
-    published = published.groupby(["method", *METRICS], as_index=False, sort=False)["source"].agg(", ".join)
-    rows += [(float(row.R1), _published_line(row)) for row in published.itertuples()]
+    theirs = published()
+    theirs = theirs[(theirs.table == "results") & (theirs.dataset == name)]
+    theirs = theirs.groupby(["method", *METRICS], as_index=False, sort=False)["source"].agg(", ".join)
+    rows += [(float(row.R1), _published_line(row)) for row in theirs.itertuples()]
     table = DataFrame([line for _, line in sorted(rows, key=lambda pair: -pair[0])]).fillna("")
     board = f'<div class="card">{_html(table)}</div>' if len(table) else ""
     if not shown:

@@ -10,12 +10,13 @@ import torch
 from pandas import DataFrame
 
 from irra_core.analysis.leaks import SAME, nearest, pairs, photo_hashes, without
-from irra_core.annotations import DATA_SETS, data_root, photo_table
+from irra_core.annotations import DATA_SETS, photo_table
 from irra_core.checkpoints import load_checkpoint
 from irra_core.evaluation import METRICS, Interval, evaluate
 from irra_core.images import image_array
-from irra_core.recipes import smoke
-from irra_core.runs import WEIGHTS, load_run, published, reports_root
+from irra_core.released.published import published
+from irra_core.runs import WEIGHTS, load_run
+from irra_core.settings import data_root, reports_root, smoke
 from irra_core.studies.comparison import seed_identity_interval
 
 REAL = ("cuhk", "icfg", "rstp")

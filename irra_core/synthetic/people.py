@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from pandas import DataFrame
 
-from irra_core.recipes import DOMAINS, Recipe, cores, unknown
+from irra_core.settings import cores, unknown
 from irra_core.synthetic.captions import Person, caption_of, hidden_in, weighted
 from irra_core.synthetic.pedestrian import COLOURS, HAIR_COLOURS, SKINS
 from irra_core.synthetic.scenery import photograph
 from irra_core.synthetic.sketch import Number, tone
 
+DOMAINS = ("street", "night", "campus", "general")
 RENDERING = 6  # raised whenever the same seed would give other pixels, people or captions
 MARKER = "synthetic.json"  # lies beside the annotation file of rendered people and says how they were made
 VIEWS = ("front", "back", "side", "any")  # of an identity's images
@@ -456,13 +457,13 @@ def near_twins(annotations: DataFrame) -> dict[int, list[int]]:
     return {int(pid): list(twins) for pid, twins in zip(rows["pid"], rows["near_twins"], strict=True)}
 
 
-def is_rendered(annotations: DataFrame, recipe: Recipe) -> bool:
+def is_rendered(annotations: DataFrame, recipe: Any) -> bool:
     """True for the rendered data sets, of whose people everything is known; not for other photos under their name."""
     first = Path(annotations["path"].iloc[0])
     return recipe.dataset.startswith("synthetic") and any((folder / MARKER).is_file() for folder in first.parents)
 
 
-def twin_pids(annotations: DataFrame, recipe: Recipe) -> set[int]:
+def twin_pids(annotations: DataFrame, recipe: Any) -> set[int]:
     """The people who have a near-twin; none are known in real data."""
     if not is_rendered(annotations, recipe):
         return set()

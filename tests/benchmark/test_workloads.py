@@ -113,7 +113,7 @@ def test_a_step_is_timed_in_the_precisions_that_the_device_has_and_its_arithmeti
 
 def test_peak_memory_is_what_was_held_at_most_since_it_was_forgotten():
     source = (
-        "import torch; from irra_core import workloads as w; before = w._forget_peak(); "
+        "import torch; from irra_core.benchmark import workloads as w; before = w._forget_peak(); "
         "torch.ones(64 * 2**20); print(w._memory('VmHWM') - before)"  # 256 MiB, freed at once
     )
     assert float(workloads._in_child(source)) / 2**20 == pytest.approx(256, abs=16)

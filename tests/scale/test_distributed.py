@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 import irra_core as irra
 from irra_core import runs
-from irra_core.scale.distributed import ALONE, Team, launched
+from irra_core.batches import ALONE, Team
+from irra_core.scale.distributed import launched
 from irra_core.training import main, prepare_run, train
 
 

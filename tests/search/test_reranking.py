@@ -87,7 +87,7 @@ def test_word_scores_are_the_mlm_heads_likelihoods_word_by_word(tiny, annotation
     masked, labels = hidden_words(irra.tokenize([text])[0])
     expected = []
     for row in range(3):
-        image = irra.images.normalise(torch.tensor(pixels[row : row + 1]))
+        image = irra.augmentation.normalise(torch.tensor(pixels[row : row + 1]))
         total = 0.0
         for turn in range(len(masked)):
             with torch.no_grad():

@@ -6,8 +6,8 @@ from functools import cache
 import numpy as np
 import pytest
 
-from irra_core.recipes import DOMAINS
 from irra_core.synthetic.captions import STYLES, WORDS, caption_of, hidden_in, things_named, weighted
+from irra_core.synthetic.people import DOMAINS
 
 MAN = {"gender": "man", "hair": "bald", "upper": "t-shirt", "upper_colour": "orange", "pattern": "logo"}
 MAN |= {"lower": "jeans", "lower_colour": "blue", "shoes": "boots", "shoe_colour": "black", "bag": "backpack"}

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from irra_core.recipes import DOMAINS
 from irra_core.synthetic import people as synthetic
 from irra_core.synthetic.pedestrian import COLOURS
+from irra_core.synthetic.people import DOMAINS
 from irra_core.synthetic.scenery import PLACES, SCENES, photograph
 from irra_core.synthetic.sketch import HEIGHT, WIDTH
 

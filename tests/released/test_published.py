@@ -7,7 +7,7 @@ import pytest
 
 from irra_core.recipes import RECIPES, recipe
 
-PUBLISHED = pd.read_csv(files("irra_core") / "published.csv")
+PUBLISHED = pd.read_csv(files("irra_core") / "released" / "published.csv")
 METRICS = ["R1", "R5", "R10", "mAP", "mINP"]
 
 

@@ -1,0 +1,28 @@
+"""One process's rows → all processes' rows, with their gradient."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from irra_core.batches import Team
+
+
+class Gathered(torch.autograd.Function):
+    """all_gather of parts that may differ by a row; backward all_reduce, and the own part of it."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, team: Team, count: int) -> Tensor:
+        ctx.team, ctx.count = team, count
+        longest = -(-count // team.processes)
+        padded = rows.new_zeros(longest, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in range(team.processes)]
+        dist.all_gather(parts, padded)
+        places = [Team(process, team.processes).part(count) for process in range(team.processes)]
+        return torch.cat([part[: place.stop - place.start] for part, place in zip(parts, places)])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient[ctx.team.part(ctx.count)], None, None

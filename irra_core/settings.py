@@ -1,0 +1,85 @@
+"""The environment → folders, cores, smoke mode; names that load on first use. Imports nothing but the standard library.
+
+Every environment variable of the library is read here: IRRA_DATA, IRRA_REPORTS, IRRA_CACHE and IRRA_SMOKE.
+"""
+
+import difflib
+import importlib
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+SMOKE_IDENTITIES, SMOKE_STEPS = 24, 3  # what IRRA_SMOKE=1 leaves of a run
+
+
+def project_root() -> Path:
+    """The folder that relative data and report folders are taken from: the checkout, else the working directory."""
+    checkout = Path(__file__).resolve().parent.parent
+    return checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
+
+
+def data_root(given: str | Path | None = None) -> Path:
+    """The folder that holds the data sets: `given`, else IRRA_DATA, else `data` (relative to the project's root)."""
+    return project_root() / Path(given or os.environ.get("IRRA_DATA") or "data").expanduser()
+
+
+def reports_root(given: str | Path | None = None) -> Path:
+    """The folder that keeps all runs: given (relative: from the project's root), else IRRA_REPORTS, else `reports`."""
+    return project_root() / (given or os.environ.get("IRRA_REPORTS") or "reports")
+
+
+def cache_root() -> Path:
+    """The folder of everything that can be made again: IRRA_CACHE, else irra-core in the user's cache folder."""
+    if given := os.environ.get("IRRA_CACHE"):
+        return project_root() / Path(given).expanduser()
+    from platformdirs import user_cache_path
+
+    return user_cache_path("irra-core", appauthor=False)
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def smoke() -> bool:
+    """True when IRRA_SMOKE=1 asks for the shrunken runs of the tests."""
+    return os.environ.get("IRRA_SMOKE", "0") not in ("", "0")
+
+
+def unknown(what: str, name: object, accepted: Iterable[str]) -> ValueError:
+    """The one sentence in which this library says that a name does not exist."""
+    accepted = sorted(accepted)
+    near = difflib.get_close_matches(name[:80], accepted, n=1) if isinstance(name, str) else ()
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    shown = ", ".join(accepted[:40]) + (", …" if len(accepted) > 40 else "")
+    return ValueError(f"{what} {short(name)} is unknown: {hint}accepted are {shown}")
+
+
+def short(value: object) -> str:
+    """A value as an error message shows it: its repr, truncated."""
+    try:
+        shown = repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return "a number of more than 4,300 digits"
+    except RecursionError:
+        return f"a deeply nested {type(value).__name__}"
+    return shown if len(shown) <= 80 else f"{shown[:60]}… ({len(shown):,} characters)"
+
+
+def lazily(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """`__getattr__`, `__dir__` and `__all__` of a package whose names load on first use.
+
+    `homes` maps a module below the package to the names that it gives, separated by spaces. The module's own last name
+    among them gives the module itself, unless something in it has that name.
+    """
+    home = {name: module for module, names in homes.items() for name in names.split()}
+
+    def find(name: str) -> Any:
+        if name not in home:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        module = importlib.import_module(f"{package}.{home[name]}")
+        return module if home[name].split(".")[-1] == name and not hasattr(module, name) else getattr(module, name)
+
+    return find, lambda: sorted(home), list(home)

@@ -6,7 +6,8 @@ Every environment variable of the library is read here: IRRA_DATA, IRRA_REPORTS,
 import difflib
 import importlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,26 @@ def short(value: object) -> str:
     except RecursionError:
         return f"a deeply nested {type(value).__name__}"
     return shown if len(shown) <= 80 else f"{shown[:60]}… ({len(shown):,} characters)"
+
+
+@contextmanager
+def progress_bar(progress: Callable | None, **shown: Any) -> Iterator[Any]:
+    """Within, a bar of the tqdm-like class `progress`, opened with `shown`; a silent stand-in where there is no class."""
+    bar = progress(**shown) if progress else _NoBar()
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+class _NoBar:
+    """What code that reports its progress needs of a bar, without output."""
+
+    def update(self, n: int = 1) -> None: ...
+
+    def set_postfix(self, refresh: bool = True, **values: Any) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def lazily(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:

@@ -71,7 +71,7 @@ def short(value: object) -> str:
 
 @contextmanager
 def progress_bar(progress: Callable | None, **shown: Any) -> Iterator[Any]:
-    """Within, a bar of the tqdm-like class `progress`, opened with `shown`; a silent stand-in where there is no class."""
+    """A bar of the tqdm-like class `progress`, opened with `shown`; without a class, a stand-in that shows nothing."""
     bar = progress(**shown) if progress else _NoBar()
     try:
         yield bar

@@ -16,6 +16,7 @@ from irra_core.augmentation import moved, normalise
 from irra_core.batches import ALONE, Team
 from irra_core.images import image_array
 from irra_core.metrics import bootstrap_intervals, query_metrics_from_features
+from irra_core.objective import autocast
 from irra_core.text import VOCABULARY, tokenize, trim
 
 METRICS = {"R1": "R1", "R5": "R5", "R10": "R10", "mAP": "AP", "mINP": "INP"}  # score → its value for one query
@@ -240,25 +241,3 @@ def scoring(model) -> Iterator[None]:
     finally:
         if training:
             model.train()
-
-
-def computes_bf16(device: torch.device) -> bool:
-    """True where the device has instructions for bf16: what only imitates them is slower than fp32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # older torch cannot say
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-
-
-@contextlib.contextmanager
-def autocast(device: torch.device, precision: str) -> Iterator[None]:
-    """The arithmetic that a recipe's `precision` asks for here (`auto`: bf16 on a GPU that has it, else fp32).
-
-    With fp16 the weights are half too (see training.half_weights) and nothing scales the loss, as released. Training
-    steps also take bf16 on a CPU that computes it (see training.step_precision); scores are fp32 there.
-    """
-    if precision == "auto" and device.type == "cuda" and computes_bf16(device):
-        precision = "bf16"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    with torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext():
-        yield

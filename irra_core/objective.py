@@ -1,7 +1,8 @@
 """A batch → the loss parts and every weight's gradient: in one piece or several, in one process or many."""
 
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from jaxtyping import Float
@@ -9,10 +10,58 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from irra_core.batches import ALONE, Batch, Team
-from irra_core.evaluation import autocast
 from irra_core.losses import mlm_loss, total_loss
 from irra_core.model import IRRA, Features
 from irra_core.recipes import Recipe
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """True where the device has instructions for bf16: what only imitates them is slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # older torch cannot say
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+@contextmanager
+def autocast(device: torch.device, precision: str) -> Iterator[None]:
+    """The arithmetic that a recipe's `precision` asks for here (`auto`: bf16 on a GPU that has it, else fp32).
+
+    With fp16 the weights are half too (see half_weights) and nothing scales the loss, as released. Training
+    steps also take bf16 on a CPU that computes it (see step_precision); scores are fp32 there.
+    """
+    if precision == "auto" and device.type == "cuda" and computes_bf16(device):
+        precision = "bf16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    with torch.autocast(device.type, dtype) if dtype else nullcontext():
+        yield
+
+
+def step_precision(precision: str, device: torch.device) -> str:
+    """The arithmetic of a training step: `auto` is bf16 autocast on a GPU or CPU with bf16 instructions, else fp32.
+
+    Scores are computed in fp32 on every CPU, so that two machines rank alike. bf16 halves the small model's step; warns
+    where it is asked for and only imitated.
+    """
+    able = computes_bf16(device)
+    if precision == "bf16" and not able:
+        warnings.warn(
+            "precision bf16: this device has no instructions for it and imitates them, on a CPU a hundred times as "
+            "slowly; take precision auto or fp32",
+            stacklevel=2,
+        )
+    return precision if precision != "auto" else "bf16" if able else "fp32"
+
+
+def half_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """The released code's fp16: matrices of convolutions, attention, linear layers and projections are half.
+
+    LayerNorms and embeddings stay fp32. In place.
+    """
+    for name, parameter in model.named_parameters():
+        if not any(word in name for word in ("ln_", ".ln.", "embedding")):
+            parameter.data = parameter.data.half()
+    return model
 
 
 def loss_parts(

@@ -25,10 +25,10 @@ from irra_core.augmentation import on_device
 from irra_core.backbone import read_weights
 from irra_core.batches import ALONE, Batch, Batches, Team
 from irra_core.checkpoints import load_checkpoint, load_weights, save_checkpoint, save_tensors
-from irra_core.evaluation import Evaluation, computes_bf16, evaluate, gain, scores
+from irra_core.evaluation import Evaluation, evaluate, gain, scores
 from irra_core.images import image_array
 from irra_core.model import IRRA, build_model
-from irra_core.objective import Objective
+from irra_core.objective import Objective, half_weights, step_precision
 from irra_core.recipes import PLAIN, Recipe, check_processes
 from irra_core.scale.distributed import joined, launched, tell, telling_errors
 from irra_core.synthetic.people import is_rendered, synthetic_ceiling, twin_pids
@@ -154,33 +154,6 @@ def optimise(objective: Objective, optimiser: torch.optim.Adam, batch: Batch) ->
     optimiser.found_inf.copy_(torch.maximum(optimiser.found_inf, broken))
     optimiser.step()
     return numbers
-
-
-def half_weights(model: torch.nn.Module) -> torch.nn.Module:
-    """The released code's fp16: matrices of convolutions, attention, linear layers and projections are half.
-
-    LayerNorms and embeddings stay fp32. In place.
-    """
-    for name, parameter in model.named_parameters():
-        if not any(word in name for word in ("ln_", ".ln.", "embedding")):
-            parameter.data = parameter.data.half()
-    return model
-
-
-def step_precision(precision: str, device: torch.device) -> str:
-    """The arithmetic of a training step: `auto` is bf16 autocast on a GPU or CPU with bf16 instructions, else fp32.
-
-    Scores are computed in fp32 on every CPU, so that two machines rank alike. bf16 halves the small model's step; warns
-    where it is asked for and only imitated.
-    """
-    able = computes_bf16(device)
-    if precision == "bf16" and not able:
-        warnings.warn(
-            "precision bf16: this device has no instructions for it and imitates them, on a CPU a hundred times as "
-            "slowly; take precision auto or fp32",
-            stacklevel=2,
-        )
-    return precision if precision != "auto" else "bf16" if able else "fp32"
 
 
 def resides(pixels: UInt8[np.ndarray, "n 3 h w"], device: torch.device) -> bool:

@@ -15,8 +15,9 @@ from irra_core import images, objective, runs, training
 from irra_core.analysis.checks import check_annotations
 from irra_core.annotations import hold_out
 from irra_core.losses import total_loss
+from irra_core.objective import half_weights, step_precision
 from irra_core.synthetic.pretraining import pretrained_general
-from irra_core.training import build_optimiser, half_weights, learning_rate, train
+from irra_core.training import build_optimiser, learning_rate, train
 
 REFERENCE = Path(__file__).parent / "reference"
 pytestmark = pytest.mark.usefixtures("narrow")
@@ -286,15 +287,15 @@ def test_a_step_takes_bf16_where_the_processor_has_it_and_fp32_where_it_does_not
     cpu = torch.device("cpu")
     for ability, expected in (("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("avx2", "fp32")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda ability=ability: {ability: True}, raising=False)
-        assert training.step_precision("auto", cpu) == expected
-        assert training.step_precision("fp32", cpu) == "fp32"
+        assert step_precision("auto", cpu) == expected
+        assert step_precision("fp32", cpu) == "fp32"
     monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert training.step_precision("auto", cpu) == "fp32"
+    assert step_precision("auto", cpu) == "fp32"
     with pytest.warns(UserWarning, match="precision bf16: this device has no instructions for it"):
-        assert training.step_precision("bf16", cpu) == "bf16"
+        assert step_precision("bf16", cpu) == "bf16"
     for able, expected in ((True, "bf16"), (False, "fp32")):  # the GPU's own instructions, not their imitation
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, able=able: able)
-        assert training.step_precision("auto", torch.device("cuda")) == expected
+        assert step_precision("auto", torch.device("cuda")) == expected
 
 
 def test_an_image_array_that_lies_on_the_device_gives_the_same_run(annotations, tiny, tmp_path, monkeypatch):

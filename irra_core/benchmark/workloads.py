@@ -28,17 +28,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from irra_core import runs
 from irra_core.annotations import photo_table
 from irra_core.batches import Batch, Batches
-from irra_core.evaluation import computes_bf16, encode_images, evaluate
+from irra_core.evaluation import encode_images, evaluate
 from irra_core.images import image_array, open_annotations, open_photo
 from irra_core.metrics import query_metrics_from_features, retrieval_metrics
 from irra_core.model import IRRA, build_model
-from irra_core.objective import Objective, loss_parts
+from irra_core.objective import Objective, computes_bf16, loss_parts, step_precision
 from irra_core.recipes import Recipe, recipe
 from irra_core.released import clone as released
 from irra_core.scale.linear import linear
 from irra_core.settings import cache_root, cores, smoke
 from irra_core.text import tokenize
-from irra_core.training import build_optimiser, optimise, step_precision
+from irra_core.training import build_optimiser, optimise
 
 EQUAL_LOSSES = 1e-3  # relative: both codes on one batch in single precision, so that it is the same work
 EQUAL_SCORES = 1e-4  # per cent

@@ -6,7 +6,8 @@ from jaxtyping import Bool, Float, Float32, Int, UInt8
 from torch import Tensor
 
 from irra_core.augmentation import normalise
-from irra_core.evaluation import autocast, scoring
+from irra_core.evaluation import scoring
+from irra_core.objective import autocast
 from irra_core.text import MASK_ID, detokenize_words, tokenize
 
 CANDIDATES = {"reciprocal": 100, "words": 20}  # photos that get the second look, if k is not more

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import irra_core as irra
-from irra_core.checkpoints import released_name
+from irra_core.released.checkpoint import released_name
 
 FOLDER = Path(__file__).parent / "reference"
 NUMBERS = np.load(FOLDER / "irra_reference.npz")

@@ -48,7 +48,7 @@ def test_every_parameter_has_the_released_learning_rate_and_decay_in_four_groups
 
 def official_names(model):
     """Our parameter's name → the released file's, through what save_official would write."""
-    from irra_core.checkpoints import released_name
+    from irra_core.released.checkpoint import released_name
 
     return {name: released_name(name) for name, _ in model.named_parameters()}
 

@@ -3,6 +3,7 @@
 from irra_core.settings import lazily
 
 _HOMES = {
+    "checkpoint": "load_official save_official released_name RELEASED_NAMES",
     "clone": (
         "MODULES PACKAGES WORKERS TEST_BATCH Code STAND_INS load_code in_single_precision as_released build "
         "build_optimiser batch_of losses step rank evaluate train_loader"

@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader
 
 from irra_core.backbone import learned
 from irra_core.batches import Batch
-from irra_core.checkpoints import released_name
 from irra_core.model import IRRA
 from irra_core.recipes import Recipe
+from irra_core.released.checkpoint import released_name
 from irra_core.settings import cores
 from irra_core.text import CONTEXT, VOCABULARY
 

@@ -30,6 +30,17 @@ def reports_root(given: str | Path | None = None) -> Path:
     return project_root() / (given or os.environ.get("IRRA_REPORTS") or "reports")
 
 
+def find_file(name: str) -> Path | None:
+    """The absolute path of a file named from the working directory or else from the project's root; None without it."""
+    for folder in (Path.cwd(), project_root()):
+        try:
+            if (folder / name).is_file():
+                return (folder / name).resolve()
+        except OSError:  # such as a name that is too long for a file
+            continue
+    return None
+
+
 def cache_root() -> Path:
     """The folder of everything that can be made again: IRRA_CACHE, else irra-core in the user's cache folder."""
     if given := os.environ.get("IRRA_CACHE"):

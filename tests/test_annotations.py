@@ -11,22 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from irra_core import annotations as module
-from irra_core.annotations import (
-    DATA_SETS,
-    PUBLISHED_COUNTS,
-    check_annotations,
-    count_splits,
-    hold_out,
-    load_annotations,
-    table_digest,
-)
+from irra_core.annotations import DATA_SETS, hold_out, load_annotations, table_digest
 from irra_core.recipes import RECIPES
 from irra_core.settings import data_root
 
@@ -87,6 +78,11 @@ def people(count: int = 12, **extra) -> list[dict]:
     return [{"file_path": f"{x}.png", "captions": [f"person {x}"], "id": i} | extra for i, x in enumerate(letters)]
 
 
+def table_of(content: list[dict]) -> pd.DataFrame:
+    columns = {"path": "file_path", "caption": "captions", "id": "id"}
+    return pd.DataFrame({name: [r[field] for r in content] for name, field in columns.items()}).explode("caption")
+
+
 @pytest.mark.parametrize("dataset", QUIRKS)
 def test_an_official_layout_gives_one_row_a_caption_with_its_quirks(dataset, tmp_path):
     content = records(dataset)
@@ -116,7 +112,6 @@ def test_an_official_layout_gives_one_row_a_caption_with_its_quirks(dataset, tmp
 
 def test_every_recipe_with_a_name_has_a_layout():
     assert set(DATA_SETS) == set(RECIPES)
-    assert set(PUBLISHED_COUNTS) == set(QUIRKS)
 
 
 @pytest.mark.parametrize("dataset", QUIRKS)
@@ -191,31 +186,6 @@ def test_six_identities_are_enough_to_split_and_five_are_not(tmp_path):
     assert table.groupby("split")["pid"].nunique().to_dict() == {"train": 2, "val": 2, "test": 2}
     with pytest.raises(ValueError, match="5 identities are too few"):
         load_annotations(own(tmp_path, people(5)))
-
-
-def table_of(content: list[dict]) -> pd.DataFrame:
-    columns = {"path": "file_path", "caption": "captions", "id": "id"}
-    return pd.DataFrame({name: [r[field] for r in content] for name, field in columns.items()}).explode("caption")
-
-
-def test_csv_and_parquet_give_the_table_that_json_gives(tmp_path):
-    content = [r | {"captions": ['a "red" coat, blue\njeans', "ünïcode, NA"]} for r in people(12)]
-    expected = load_annotations(own(tmp_path, content))
-    table = table_of(content)
-    table.to_csv(tmp_path / "own.csv", index=False)
-    table.reset_index(drop=True).to_parquet(tmp_path / "own.parquet")
-    for name in ("own.csv", "own.parquet"):
-        pd.testing.assert_frame_equal(load_annotations(tmp_path / name), expected)
-    table.assign(split=["train", "test"] * 12, more=1).to_csv(tmp_path / "split.csv", index=False)
-    assert load_annotations(tmp_path / "split.csv")["split"].tolist() == ["train", "test"] * 12
-
-
-@pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_a_split_column_without_an_entry_splits_nothing(suffix, tmp_path):
-    own(tmp_path, people(12))
-    table = table_of(people(12)).assign(split=None)
-    getattr(table, f"to_{suffix}")(tmp_path / f"x.{suffix}", index=False)
-    assert set(load_annotations(tmp_path / f"x.{suffix}")["split"]) == {"train", "val", "test"}
 
 
 def test_own_images_lie_in_imgs_beside_the_file_or_beside_it_or_under_the_given_root(tmp_path):
@@ -379,62 +349,6 @@ def test_of_many_bad_records_twenty_are_named_and_the_others_counted(tmp_path):
     assert lines[20] == "  … and 11 more records"
 
 
-def test_bad_rows_of_a_csv_are_refused_at_once(tmp_path):
-    text = "path,caption,id,split\na.png,a man, tall,1,test\nb.png,a man,1,test\nc.png,a man\nd.png,x,,test\n"
-    with pytest.raises(ValueError, match=r"record 1: has more (?s:.*)record 3: has fewer (?s:.*)record 4: id is empty"):
-        load_annotations(own(tmp_path, text, "own.csv"))
-
-
-BAD_TABLES = {
-    "no column caption": ("path,id\na.png,1\n", "column 'caption' is missing: it has .*'path', 'id'"),
-    "a column twice": ("path,caption,id,split,split\na.png,x,1,test,train\n", "column 'split' is there 2 times"),
-    "semicolons": ("path;caption;id\na.png;a man;1\n", "column 'path' is missing.*separated by commas"),
-    "a comma too many": ("path,caption,id\na.png,a man, tall,1\n", "record 1: has more cells"),
-    "a cell too few": ("path,caption,id\na.png,a man,1\nb.png,a man\n", "record 2: has fewer cells"),
-    "a quote without end": ('path,caption,id\na.png,"a man,1\n', "after line 1: unexpected end"),
-    "an empty id": ("path,caption,id\na.png,a man,\n", "record 1: id is empty"),
-    "an empty path": ("path,caption,id,split\na.png,x,1,test\n,a man,1,test\n", "record 2: path ''"),
-    "no rows": ("path,caption,id\n", "has no records"),
-    "a split left out": ("path,caption,id,split\na.png,x,1,test\nb.png,x,1,\n", "record 2: field 'split' is missing"),
-    "a misspelt split": ("path,caption,id,split\na.png,x,1,Test\n", "record 1: split 'Test' is unknown"),
-    "nothing": ("", "is empty"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_TABLES)
-def test_a_damaged_csv_file_is_refused_by_name(case, tmp_path):
-    content, message = BAD_TABLES[case]
-    with pytest.raises(ValueError, match=rf"(?s)/own\.csv.*{message}"):
-        load_annotations(own(tmp_path, content, "own.csv"))
-
-
-def test_a_csv_caption_of_two_hundred_thousand_letters_is_read_and_the_limit_of_others_stays(tmp_path):
-    limit = csv.field_size_limit()
-    text = "path,caption,id,split\n" + "".join(f"{x}.png,{'word ' * 40_000},{x},test\n" for x in "abc")
-    assert load_annotations(own(tmp_path, text, "own.csv"))["caption"].str.len().tolist() == [200_000] * 3
-    assert csv.field_size_limit() == limit
-
-
-def test_a_damaged_parquet_file_is_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match=r"/own\.parquet is no readable Parquet file"):
-        load_annotations(own(tmp_path, b"PAR1 not really", "own.parquet"))
-    table_of(people(3)).assign(id=[1.0, None, 2.0]).to_parquet(tmp_path / "own.parquet", index=False)
-    with pytest.raises(ValueError, match=r"record 1: id is 1\.0 \(float\)"):
-        load_annotations(tmp_path / "own.parquet")
-    table_of(people(3)).assign(caption=["x", None, "y"]).to_parquet(tmp_path / "own.parquet", index=False)
-    with pytest.raises(ValueError, match=r"record 2: caption is (None|nan)"):
-        load_annotations(tmp_path / "own.parquet")
-
-
-def test_a_parquet_file_whose_index_is_not_in_it_is_refused_by_name(tmp_path):
-    own(tmp_path, people(3))
-    about = json.dumps({"index_columns": ["nope"], "columns": [], "column_indexes": []})
-    table = pyarrow.Table.from_pandas(table_of(people(3)), preserve_index=False)
-    pyarrow.parquet.write_table(table.replace_schema_metadata({"pandas": about}), tmp_path / "own.parquet")
-    with pytest.raises(ValueError, match=r"/own\.parquet is no readable Parquet file .*'nope'"):
-        load_annotations(tmp_path / "own.parquet")
-
-
 def test_an_official_file_without_splits_is_not_split_in_silence(tmp_path):
     write(tmp_path, "cuhk", [{k: v for k, v in r.items() if k != "split"} for r in records("cuhk")])
     with pytest.raises(ValueError, match=r"CUHK-PEDES/reid_raw\.json, record 1: field 'split' is missing"):
@@ -479,155 +393,6 @@ def test_any_captions_come_back_from_json_and_csv(tmp_path, captions):
         rows = [(r["file_path"], text, r["id"], "test") for r in content for text in r["captions"]]
         csv.writer(file).writerows([("path", "caption", "id", "split"), *rows])
     assert load_annotations(tmp_path / "own.csv")["caption"].tolist() == expected
-
-
-def findings(table: pd.DataFrame, **options) -> dict[str, tuple[str, str, int]]:
-    """What check_annotations finds: finding → severity, where, count."""
-    rows = check_annotations(table, **options)
-    assert list(rows.columns) == ["severity", "finding", "where", "count"]
-    order = [("error", "warning", "note").index(severity) for severity in rows["severity"]]
-    assert order == sorted(order)
-    return {row.finding: (row.severity, row.where, row.count) for row in rows.itertuples(index=False)}
-
-
-def test_a_sound_table_has_no_findings(tmp_path):
-    write(tmp_path, "cuhk", records("cuhk"))
-    assert findings(load_annotations("cuhk", tmp_path)) == {}
-
-
-def test_all_findings_are_listed_at_once(tmp_path):
-    content = records("cuhk")
-    content[0]["captions"] = ["", "same words", "Same words "]
-    content[2]["captions"] = ["same words"]
-    content[4]["id"] = 1  # so that person 3 has one image, and person 1 a third
-    content[6]["split"] = "test"  # and is trained on
-    content.append(content[9] | {"id": 99})
-    file = write(tmp_path, "cuhk", content)
-    folder = file.parent / "imgs"
-    paths = {number: folder / content[number]["file_path"] for number in range(len(content))}
-    paths[10].unlink()
-    paths[11].write_bytes(b"")
-    paths[12].write_bytes(paths[12].read_bytes()[:45])
-    paths[13].write_text("no image")
-    paths[14].write_bytes(paths[15].read_bytes())
-    paths[8].write_bytes(paths[7].read_bytes())
-    draw(tmp_path / "outside.png", 999)
-    paths[3].unlink()
-    paths[3].symlink_to(tmp_path / "outside.png")
-    found = findings(load_annotations("cuhk", tmp_path))
-    severities = {finding: severity for finding, (severity, _, _) in found.items()}
-    assert severities == {
-        "the same identity in two splits": "error",
-        "the same image under two identities": "error",
-        "an image file is missing": "error",
-        "an image file cannot be read: copy it again, or drop its record": "error",
-        "one photo under two identities": "error",
-        "one photo under two names": "warning",
-        "an empty caption": "warning",
-        "a caption twice for the same image": "warning",
-        "a link that leads out of the image folder": "warning",
-        "an identity with one image": "note",
-        "one caption for several identities: no model can tell them apart": "note",
-    }
-    assert found["the same identity in two splits"][1:] == ("pid 4", 1)
-    assert found["an image file is missing"][1:] == (str(paths[10]), 1)
-    where, count = found["an image file cannot be read: copy it again, or drop its record"][1:]
-    assert count == 3
-    assert all(
-        text in where
-        for text in ("0 bytes", f"{paths[12]}: ", "(45 bytes)", f"{paths[13]}: its content is no image (8 bytes)")
-    )
-    assert found["one photo under two names"][1:] == (f"{paths[14]} = {paths[15]}", 1)
-    assert found["a link that leads out of the image folder"][1:] == (str(paths[3]), 1)
-    assert found["an empty caption"][1:] == (str(paths[0]), 1)
-    assert found["an identity with one image"][1:] == ("pid 3, pid 99", 2)
-
-
-def test_without_reading_only_missing_and_empty_files_are_found(tmp_path):
-    content = records("rstp")
-    file = write(tmp_path, "rstp", content)
-    paths = [file.parent / "imgs" / record["img_path"] for record in content]
-    paths[0].unlink()
-    paths[1].write_bytes(b"")
-    paths[2].write_text("no image")
-    found = findings(load_annotations("rstp", tmp_path), read_images=False)
-    assert {finding: count for finding, (_, _, count) in found.items()} == {
-        "an image file is missing": 1,
-        "an image file cannot be read: copy it again, or drop its record": 1,
-    }
-
-
-def test_a_decompression_bomb_is_a_finding_and_no_warning(tmp_path, recwarn):
-    content = people(4, split="test")
-    dataset = own(tmp_path, content)
-    Image.new("1", (12_000, 12_000)).save(tmp_path / "b.png")
-    found = findings(load_annotations(dataset))
-    severity, where, count = found["an image file cannot be read: copy it again, or drop its record"]
-    assert (severity, count) == ("error", 1)
-    assert "decompression bomb" in where
-    assert not recwarn.list
-
-
-def test_only_the_formats_that_training_reads_are_opened(tmp_path):
-    dataset = own(tmp_path, people(4, split="test"))
-    Image.new("RGB", (4, 12)).save(tmp_path / "b.png", format="EPS")  # Pillow would hand it to Ghostscript
-    found = findings(load_annotations(dataset))
-    assert "no image" in found["an image file cannot be read: copy it again, or drop its record"][1]
-
-
-def test_missing_splits_are_found(tmp_path):
-    found = findings(load_annotations(own(tmp_path, people(1, split="test"))))
-    assert found["a split with one identity"] == ("error", "test", 1)
-    assert found["a split without rows"] == ("warning", "train", 1)
-    assert found["no val split: train identities are held out"][0] == "note"
-
-
-def paper_sized(dataset: str) -> pd.DataFrame:
-    """A table with exactly the published numbers, its one file imaginary."""
-    parts, first, seen = [], 0, 0
-    for split, counts in PUBLISHED_COUNTS[dataset].items():
-        numbers = np.arange(counts["captions"]) % counts["images"]
-        part = {"pid": first + numbers % counts["identities"], "image_id": seen + numbers, "split": split}
-        parts.append(pd.DataFrame(part))
-        first, seen = first + counts["identities"], seen + counts["images"]
-    table = pd.concat(parts, ignore_index=True)
-    return table.assign(path="/nowhere/imgs/a.png", caption="caption " + table.index.astype(str))
-
-
-@pytest.mark.parametrize("dataset", PUBLISHED_COUNTS)
-def test_sizes_are_compared_with_the_published_ones(dataset):
-    table = paper_sized(dataset)
-    found = findings(table, dataset=dataset, read_images=False)
-    assert f"sizes are those published of {dataset}" in found
-    assert f"sizes differ from those published of {dataset}" not in found
-    found = findings(table.iloc[1:], dataset=dataset, read_images=False)
-    severity, where, count = found[f"sizes differ from those published of {dataset}"]
-    captions = PUBLISHED_COUNTS[dataset]["train"]["captions"]
-    assert severity == "warning"
-    assert f"train captions: {captions - 1:,}, published {captions:,}" in where
-    assert count == (2 if dataset == "icfg" else 1)  # with one caption an image, its image is gone too
-    assert f"sizes are those published of {dataset}" not in found
-
-
-def test_published_counts_are_those_of_the_papers():
-    assert sum(counts["images"] for counts in PUBLISHED_COUNTS["cuhk"].values()) == 40_206
-    assert sum(counts["identities"] for counts in PUBLISHED_COUNTS["cuhk"].values()) == 13_003
-    assert sum(counts["images"] for counts in PUBLISHED_COUNTS["icfg"].values()) == 54_522
-    assert sum(counts["identities"] for counts in PUBLISHED_COUNTS["icfg"].values()) == 4_102
-    assert sum(counts["images"] for counts in PUBLISHED_COUNTS["rstp"].values()) == 20_505
-    assert sum(counts["identities"] for counts in PUBLISHED_COUNTS["rstp"].values()) == 4_101
-
-
-def test_splits_are_counted_as_sets_are(tmp_path):
-    write(tmp_path, "cuhk", records("cuhk"))
-    table = load_annotations("cuhk", tmp_path)
-    counts = count_splits(table)
-    assert list(counts.index) == ["train", "val", "test"]
-    for split, row in counts.iterrows():
-        rows = [record for record in records("cuhk") if record["split"] == split]
-        assert row["captions"] == sum(len(record["captions"]) for record in rows)
-        assert row["images"] == len({record["file_path"] for record in rows})
-        assert row["identities"] == len({record["id"] for record in rows})
 
 
 def test_the_digest_is_the_same_on_another_disk_and_differs_for_any_change(tmp_path):

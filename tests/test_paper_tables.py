@@ -9,6 +9,7 @@ import nbformat
 import pytest
 
 import irra_core as irra
+from irra_core.analysis.checks import PUBLISHED_COUNTS
 from irra_core.studies.grid import STUDIES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,7 +76,7 @@ def test_the_readme_leads_to_the_page():
 
 
 def test_the_steps_of_a_run_follow_from_the_data_sets_sizes():
-    counts = irra.annotations.PUBLISHED_COUNTS
+    counts = PUBLISHED_COUNTS
     for dataset in ("cuhk", "rstp", "icfg"):
         recipe = irra.recipe(dataset)
         steps = recipe.epochs * -(-counts[dataset]["train"]["captions"] // recipe.batch_size)

@@ -7,8 +7,26 @@ from concurrent.futures import ThreadPoolExecutor
 
 from pandas import DataFrame
 
-from irra_core.annotations import PUBLISHED_COUNTS, common_folder, count_splits
-from irra_core.photos import read_photo
+from irra_core.annotations import SPLITS, common_folder
+from irra_core.images import left_out, read_photo
+
+# Images, captions and identities of each split, as the data sets' papers and the released code count them.
+PUBLISHED_COUNTS: dict[str, dict[str, dict[str, int]]] = {
+    "cuhk": {
+        "train": {"images": 34054, "captions": 68126, "identities": 11003},
+        "val": {"images": 3078, "captions": 6158, "identities": 1000},
+        "test": {"images": 3074, "captions": 6156, "identities": 1000},
+    },
+    "icfg": {
+        "train": {"images": 34674, "captions": 34674, "identities": 3102},
+        "test": {"images": 19848, "captions": 19848, "identities": 1000},
+    },
+    "rstp": {
+        "train": {"images": 18505, "captions": 37010, "identities": 3701},
+        "val": {"images": 1000, "captions": 2000, "identities": 200},
+        "test": {"images": 1000, "captions": 2000, "identities": 200},
+    },
+}
 
 
 def check_annotations(annotations: DataFrame, dataset: str | None = None, read_images: bool = True) -> DataFrame:
@@ -33,8 +51,7 @@ def check_annotations(annotations: DataFrame, dataset: str | None = None, read_i
 
 def _left_out_findings(annotations: DataFrame) -> Iterable[tuple[str, str, str, int]]:
     """Findings about photos that are no longer in the table, because they could not be read."""
-    left_out = [photo["path"] for photo in annotations.attrs.get("unreadable", [])]
-    yield _finding("warning", "an image that cannot be read was left out", left_out)
+    yield _finding("warning", "an image that cannot be read was left out", left_out(annotations).path)
 
 
 def _identity_findings(annotations: DataFrame) -> Iterable[tuple[str, str, str, int]]:
@@ -120,6 +137,19 @@ def _count_findings(annotations: DataFrame, dataset: str | None) -> Iterable[tup
                 different.append(f"{split} {what}: {here:,}, published {number:,}")
     yield _finding("warning", f"sizes differ from those published of {dataset}", different)
     yield _finding("note", f"sizes are those published of {dataset}", [] if different else list(counts.index))
+
+
+def count_splits(annotations: DataFrame) -> DataFrame:
+    """Images, captions and identities of each split that the table has, in the order train, val, test."""
+    groups = annotations.groupby("split")
+    counts = DataFrame(
+        {
+            "images": groups["image_id"].nunique(),
+            "captions": groups.size(),
+            "identities": groups["pid"].nunique(),
+        }
+    )
+    return counts.reindex([split for split in SPLITS if split in counts.index])
 
 
 def _finding(severity: str, finding: str, places: Iterable, form: str = "{}") -> tuple[str, str, str, int]:

@@ -1,0 +1,1 @@
+"""Readers of data beyond the official JSON files."""

@@ -1,0 +1,66 @@
+"""A CSV or Parquet file of your own, one row per caption → records in the schema of the official data sets."""
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from irra_core.annotations import named, read_text, shown
+
+COLUMNS = ("path", "caption", "id", "split")  # the last is optional; other columns are ignored
+
+
+def read_table(file: Path) -> Iterator[dict[str, Any] | ValueError]:
+    """The record of each row, or, for a row that is malformed, the error that says why.
+
+    Raises ValueError if the file is damaged or lacks a column.
+    """
+    is_csv = file.suffix.lower() == ".csv"
+    for row in _read_csv(file) if is_csv else _read_parquet(file):
+        if is_csv and (None in row or None in row.values()):  # DictReader's marks of too many and too few cells
+            wrong = "more" if None in row else "fewer"
+            yield ValueError(f"has {wrong} cells than the first line: write a sentence with commas in double quotes")
+        elif not isinstance(row["path"], str):
+            yield ValueError(f"path is {shown(row['path'])}: expected is the path of an image")
+        else:
+            split = row.get("split", "")
+            yield {"file_path": row["path"], "captions": [row["caption"]], "id": row["id"], "split": split}
+
+
+def _read_csv(file: Path) -> list[dict[str | None, Any]]:
+    """The rows of a CSV file, every cell a text. pandas would shift or drop cells of a row that has too many."""
+    reader = csv.DictReader(io.StringIO(read_text(file), newline=""), strict=True)
+    limit = csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters per cell, is too small for some captions
+    try:
+        _check_columns(file, reader.fieldnames or [])
+        return list(reader)
+    except csv.Error as error:
+        remedy = "write a sentence in double quotes, and double the quotes inside"
+        raise ValueError(f"{named(file)}, after line {reader.line_num}: {error}: {remedy}") from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _read_parquet(file: Path) -> list[dict[str, Any]]:
+    """The rows of a Parquet file; a null split is an empty text."""
+    try:
+        table = pd.read_parquet(file)
+    except (ValueError, OSError, KeyError) as error:  # pyarrow's own errors are among them; KeyError: an absent index
+        raise ValueError(f"{named(file)} is no readable Parquet file ({error}): copy or write it again") from None
+    _check_columns(file, list(table.columns))
+    return table.filter(COLUMNS).astype(object).fillna({"split": ""}).to_dict("records")
+
+
+def _check_columns(file: Path, columns: Sequence[str]) -> None:
+    """Raise ValueError for a table that lacks a required column, or has one of COLUMNS twice."""
+    for column in COLUMNS:
+        if (times := columns.count(column)) > 1:
+            raise ValueError(f"{named(file)}: column {column!r} is there {times} times: keep one of them")
+        if times == 0 and column != "split":
+            raise ValueError(
+                f"{named(file)}: column {column!r} is missing: it has {shown(columns)}; expected are path, caption, id "
+                "and, optionally, split (in a CSV file separated by commas)"
+            )

@@ -1,1 +1,1 @@
-"""Several processes, and faster arithmetic on some CPUs."""
+"""Several processes, batches in pieces, and faster arithmetic on some CPUs."""

@@ -1,24 +1,34 @@
 """Captions → token ids; token ids → masked ids and labels."""
 
+import gzip
 import html
+import importlib.util
 from collections.abc import Iterable
 from functools import lru_cache
-from itertools import chain
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
+import regex
 import torch
 from jaxtyping import Int
+from tokenizers.models import BPE
 from torch import Generator, Tensor
 
-CONTEXT = 77  # tokens a caption, start and end included
+CONTEXT = 77  # tokens per caption, start and end included
 VOCABULARY = 49408
 MASK_ID = 49405  # as in the released code; in CLIP's vocabulary it is the word "jekyll"
+MASK_WORD = (43893, 865)  # "jeky" and "ll", which CLIP's last merge joins to that word
 START_ID, END_ID, PADDING_ID = 49406, 49407, 0
-START = "<start_of_text>"  # the tokeniser's name of START_ID
-REMEMBERED = 2**16  # pieces of text whose token ids are kept
-TOGETHER = 1024  # captions whose words are looked up at once
-ORDINARY = 600  # letters of a caption at most that is among them: of longer ones most words may not be wanted
-LONGEST = 3000  # letters of a word; 75 tokens of at most 32 bytes end before, and time grows with the square
+START, END = "<start_of_text>", "<end_of_text>"  # how the vocabulary spells START_ID and END_ID
+WORDS = regex.compile(  # as in CLIP: letters, one digit, or anything else up to a space
+    rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE
+)
+LONGEST = 3000  # bytes of one word that are encoded: 75 tokens of at most 32 bytes end before that
+# The vocabulary spells each byte as a printable character: itself where it is one, else the next free one from 256 on.
+_UNPRINTABLE = [byte for byte in range(256) if byte == 32 or not chr(byte).isprintable()]
+_LETTERS = {byte: chr(256 + number) for number, byte in enumerate(_UNPRINTABLE)}
+_BYTES = {ord(letter): byte for byte, letter in _LETTERS.items()}
 
 
 def whole_characters(text: str) -> str:
@@ -31,170 +41,100 @@ def tokenize(captions: Iterable[str], mask: str = "[MASK]") -> Int[Tensor, "n 77
 
     Every literal `mask` becomes MASK_ID. CLIP's vocabulary gives that id to one word, "jekyll" (the released
     tokeniser stops at it with a KeyError). A caption with a mask spells it in its two pieces, so that there MASK_ID
-    is always a mask; in every other caption the word keeps CLIP's id. Raises TypeError for what is no text.
+    is always a mask; in every other caption the word keeps CLIP's id. Raises TypeError for an entry that is no text.
     """
     if isinstance(captions, str):
         raise TypeError(f"captions is one text, {captions[:40]!r}: give a list of texts")
     captions = list(captions)
-    starts = range(0, max(len(captions), 1), TOGETHER)
-    rows = [_tokens(captions[start : start + TOGETHER], start, mask) for start in starts]
-    return torch.from_numpy(np.concatenate(rows))
-
-
-def _tokens(captions: list, start: int, mask: str) -> Int[np.ndarray, "n 77"]:
-    """`tokenize` of a few captions, the first of them number `start`."""
-    ids, lengths = _of_plain(captions, mask) or _of_any(captions, start, mask)
-    kept = np.minimum(lengths, CONTEXT - 2)
-    if len(ids) > kept.sum():
-        place = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        ids = ids[place < CONTEXT - 2]
     tokens = np.full((len(captions), CONTEXT), PADDING_ID, dtype=np.int64)
-    tokens[:, 0] = START_ID
-    tokens[:, 1:-1][np.arange(CONTEXT - 2) < kept[:, None]] = ids
-    tokens[np.arange(len(captions)), kept + 1] = END_ID
-    return tokens
-
-
-def _of_plain(captions: list, mask: str) -> tuple[Int[np.ndarray, " ids"], Int[np.ndarray, " captions"]] | None:
-    """All captions' token ids in a row and how many each has; None unless every one is plain, as nearly all are.
-
-    Plain texts need no mending, are of ordinary length and hold no mask and no "<", with which the tokeniser's own
-    words begin: with START before each, all are split and looked up at once.
-    """
-    try:
-        text = " ".join(captions)
-    except TypeError:  # one is no text
-        return None
-    if "<" in text or not _is_plain(text) or (mask and mask in text) or max(map(len, captions), default=0) > ORDINARY:
-        return None
-    text = f" {START} ".join(["", *captions])
-    ids = np.fromiter(chain.from_iterable(map(_PIECES.__getitem__, text.lower().split())), np.int64)
-    starts = np.flatnonzero(ids == START_ID)
-    return ids[ids != START_ID], np.diff(starts, append=len(ids)) - 1
-
-
-def _of_any(captions: list, start: int, mask: str) -> tuple[Int[np.ndarray, " ids"], Int[np.ndarray, " captions"]]:
-    """`_of_plain` of captions one by one, whatever they hold."""
-    rows: list[list[int]] = []
-    for caption in captions:
+    for number, caption in enumerate(captions):
         if not isinstance(caption, str):
-            raise TypeError(f"caption {start + len(rows)} is {caption!r}: expected is a text")
-        rows.append(_encode(caption, mask)[: CONTEXT - 2])
-    return np.fromiter(chain.from_iterable(rows), np.int64), np.fromiter(map(len, rows), np.int64, len(rows))
+            raise TypeError(f"caption {number} is {caption!r}: expected is a text")
+        ids = [START_ID, *_encode(caption, mask)[: CONTEXT - 2], END_ID]
+        tokens[number, : len(ids)] = ids
+    return torch.from_numpy(tokens)
 
 
 def _encode(caption: str, mask: str) -> list[int]:
-    """The token ids of a caption's words and masks; at least the first 75 of them."""
+    """The token ids of a caption's words and masks; of a long caption at least the first 75."""
     if not mask or mask not in caption:
-        return _encode_plain(caption)
+        return _encode_words(caption)
     ids: list[int] = []
     for number, part in enumerate(caption.split(mask)):
-        words = _encode_plain(part)
         ids += [MASK_ID] * (number > 0)
-        for token in words:
-            ids += _mask_word() if token == MASK_ID else [token]
-    return ids
-
-
-def _encode_plain(text: str) -> list[int]:
-    """The first token ids of a text without masks, at least 75 where it has so many."""
-    pieces = _pieces(text)
-    if len(pieces) <= CONTEXT and len(text) <= LONGEST:  # as captions are
-        return list(chain.from_iterable(map(_PIECES.__getitem__, pieces)))
-    ids: list[int] = []
-    for piece in pieces:
-        ids += _PIECES[piece[:LONGEST]]
+        for token in _encode_words(part):
+            ids += MASK_WORD if token == MASK_ID else [token]
         if len(ids) >= CONTEXT - 2:
             break
     return ids
 
 
-def _pieces(text: str) -> list[str]:
-    """What stands between spaces in the text as CLIP reads it: mended, unescaped, lower case. ASCII is not broken."""
-    if not _is_plain(text):
+def _encode_words(text: str) -> list[int]:
+    """The token ids of a text without masks; of a long text those of its first 75 words."""
+    words = islice(WORDS.finditer(_cleaned(text)), CONTEXT - 2)  # each word has at least one token
+    return [token for word in words for token in _word_ids(word[0][:LONGEST])]
+
+
+@lru_cache(maxsize=2**16)
+def _word_ids(word: str) -> tuple[int, ...]:
+    """The token ids of one word, cached because captions share few words."""
+    if word in (START, END):
+        return (_bpe().token_to_id(word),)
+    letters = word.encode()[:LONGEST].decode("latin-1").translate(_LETTERS)
+    return tuple(token.id for token in _bpe().tokenize(letters))
+
+
+def _cleaned(text: str) -> str:
+    """The text as open_clip cleans it: damaged encodings repaired, HTML unescaped, single spaces, lower case."""
+    if not (text.isascii() and text.isprintable() and "&" not in text):  # others need no repair, and no import
         import ftfy
 
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return text.lower().split()
-
-
-def _is_plain(text: str) -> bool:
-    """True for text with nothing in it to mend or to unescape."""
-    return text.isascii() and text.isprintable() and "&" not in text
-
-
-class _Pieces(dict[str, tuple[int, ...]]):
-    """What stands between two spaces → its token ids (no token spans one), remembered: captions share few words."""
-
-    def __missing__(self, piece: str) -> tuple[int, ...]:
-        bpe = _bpe()
-        ids: list[int] = []
-        for word in bpe.pat.findall(piece):
-            letters = "".join(bpe.byte_encoder[byte] for byte in word.encode("utf-8")[:LONGEST])
-            ids += [bpe.encoder[token] for token in bpe.bpe(letters).split(" ")]
-        if len(self) >= REMEMBERED:
-            self.clear()
-        self[piece] = tuple(ids)
-        return self[piece]
-
-
-_PIECES = _Pieces()
+    return " ".join(text.split()).lower()
 
 
 @lru_cache(maxsize=1)
-def _mask_word() -> list[int]:
-    """The two pieces of the word that has the mask's id: CLIP's last merge, undone."""
-    bpe = _bpe()
-    return [bpe.encoder[piece] for piece in max(bpe.bpe_ranks, key=bpe.bpe_ranks.get)]
-
-
-@lru_cache(maxsize=1)
-def _bpe():
-    """open_clip's tokeniser; imported here because open_clip takes seconds."""
-    from open_clip.tokenizer import SimpleTokenizer
-
-    return SimpleTokenizer()
+def _bpe() -> BPE:
+    """CLIP's byte-pair encoding, built from the vocabulary file in open_clip's package, which is not imported."""
+    folder = Path(importlib.util.find_spec("open_clip").submodule_search_locations[0])
+    lines = gzip.decompress((folder / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode().split("\n")
+    letters = [*(chr(byte) for byte in range(256) if byte not in _LETTERS), *_LETTERS.values()]
+    merges = [tuple(line.split()) for line in lines[1 : 1 + VOCABULARY - 2 - 2 * len(letters)]]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), START, END]
+    return BPE({word: token for token, word in enumerate(words)}, merges, end_of_word_suffix="</w>")
 
 
 def detokenize_words(tokens: Int[Tensor, " length"]) -> list[tuple[str, list[int]]]:
     """The words of one tokenised caption with the positions of their tokens; a mask is the word "[MASK]".
 
-    Start, end and padding are no words. A word that was cut at the 77th token is what is left of it.
+    Start, end and padding are no words. Of a word that was cut at the 77th token, the part that is left.
     """
-    bpe = _bpe()
-    words: list[tuple[str, list[int]]] = []
-    letters, positions = "", []
     ids = tokens.tolist()
     last = ids.index(END_ID) if END_ID in ids else int(np.flatnonzero(ids)[-1:].sum()) + 1
+    words, positions = [], []
     for position, token in enumerate(ids[:last]):
         if token == START_ID:
             continue
-        piece = "[MASK]</w>" if token == MASK_ID else bpe.decoder[token]
-        letters += piece.removesuffix("</w>")
         positions.append(position)
-        if piece.endswith("</w>") or position == last - 1:
-            content = bytes(bpe.byte_decoder[letter] for letter in letters)
-            words.append((content.decode("utf-8", errors="replace"), positions))
-            letters, positions = "", []
+        if token == MASK_ID or position == last - 1 or _bpe().id_to_token(token).endswith("</w>"):
+            words.append((_spelt(ids[each] for each in positions), positions))
+            positions = []
     return words
+
+
+def _spelt(ids: Iterable[int]) -> str:
+    """The text of a word's token ids; a mask is "[MASK]"."""
+    pieces = ("[MASK]" if token == MASK_ID else _bpe().id_to_token(token).removesuffix("</w>") for token in ids)
+    return "".join(pieces).translate(_BYTES).encode("latin-1").decode("utf-8", errors="replace")
 
 
 def masked_words(masked: Int[Tensor, " length"], labels: Int[Tensor, " length"]) -> tuple[list[str], list[str]]:
     """The words of one masked caption as MLM reads them, and beside each the word to predict ("" where none is)."""
     words, answers = [], []
     for word, positions in detokenize_words(torch.where(labels != 0, labels, masked)):
-        words.append("".join(_letters(int(masked[position])) for position in positions))
+        words.append(_spelt(masked[positions].tolist()))
         answers.append(word if labels[positions].any() else "")
     return words, answers
-
-
-def _letters(token: int) -> str:
-    """What one token spells; the mask is "[MASK]"."""
-    bpe = _bpe()
-    if token == MASK_ID:
-        return "[MASK]"
-    letters = bpe.decoder[token].removesuffix("</w>")
-    return bytes(bpe.byte_decoder[letter] for letter in letters).decode("utf-8", errors="replace")
 
 
 def mask_tokens(

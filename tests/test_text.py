@@ -2,6 +2,8 @@
 
 import random
 import string
+import subprocess
+import sys
 import time
 
 import pytest
@@ -10,8 +12,19 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer
 
-from irra_core import text as module
-from irra_core.text import CONTEXT, END_ID, MASK_ID, START_ID, VOCABULARY, detokenize_words, mask_tokens, tokenize, trim
+from irra_core.text import (
+    CONTEXT,
+    END_ID,
+    MASK_ID,
+    MASK_WORD,
+    START_ID,
+    VOCABULARY,
+    detokenize_words,
+    mask_tokens,
+    masked_words,
+    tokenize,
+    trim,
+)
 
 CLIP = SimpleTokenizer()
 relaxed = settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
@@ -58,6 +71,50 @@ def test_every_word_of_the_vocabulary_has_clips_tokens():
     assert torch.equal(tokenize(texts), CLIP(texts))
 
 
+FRAGMENTS = [
+    *("'s", "'S", "'ſ", "don't", "we'LL", "ʼs", "’s", "--", "...", "!!!?x", "jekyll", "jacket", "the ", "a", " ", "\t"),
+    *("<start_of_text>", "<END_OF_TEXT>", "!<start_of_text>", "<ſtart_of_text>", "&amp;lt;", "&#xD800;", "&", "_"),
+    *(
+        "Ã©tÃ©",
+        "donâ€™t",
+        "ﬁ",
+        "ＷＩＤＥ",
+        "İ",
+        "ß",
+        "ǅ",
+        "123",
+        "٣",
+        "Ⅷ",
+        "½",
+        "😀",
+        "👩‍🦰",
+        "é",
+        "第二",
+        "\ud83d",
+        "\udc80",
+    ),
+    *("\0", "\x1b[31m", "\x1c", "\x85", "\u200b", "\u2028", "\u00a0", "\ufeff", "x" * 40, "\n", "[mask]", "</w>"),
+]
+
+
+def test_four_thousand_captions_of_odd_fragments_have_clips_tokens():
+    rng = random.Random(0)
+    captions = [
+        "".join(
+            rng.choice(FRAGMENTS) if rng.random() < 0.6 else chr(rng.randrange(rng.choice((0x80, 0x3000, 0x30000))))
+            for _ in range(rng.randrange(1, 40))
+        )
+        for _ in range(4000)
+    ]
+    different = (tokenize(captions) != CLIP(captions)).any(1).nonzero().flatten().tolist()
+    assert [captions[number] for number in different] == []
+
+
+def test_tokenising_loads_no_open_clip_and_plain_captions_load_no_ftfy():
+    code = "import sys, irra_core as irra; irra.tokenize(['A man.']); print({'open_clip', 'ftfy'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
 def test_a_word_without_end_has_clips_first_tokens():
     rng = random.Random(0)
     letters = "".join(rng.choice(string.ascii_lowercase) for _ in range(4000))
@@ -65,17 +122,17 @@ def test_a_word_without_end_has_clips_first_tokens():
     assert torch.equal(tokenize([letters + "x" * 10**6]), CLIP([letters]))  # and does not take for ever
 
 
+@pytest.mark.parametrize("caption", ["é" * 10**6, "é " * 10**6, "Ã©" * 10**6, "<" * 10**6, "[MASK] é " * 10**5])
+def test_the_time_of_a_very_long_caption_does_not_grow_with_its_square(caption):
+    start = time.process_time()
+    tokens = tokenize([caption])[0]
+    assert time.process_time() - start < 10  # about 1 s
+    assert tokens[-1] == END_ID
+
+
 @pytest.mark.parametrize("caption", ["", "   ", "\n\t", "\0"])
 def test_an_empty_caption_is_start_and_end(caption):
     assert tokenize([caption])[0].tolist() == [START_ID, END_ID] + [0] * 75
-
-
-def test_only_so_many_pieces_of_text_are_remembered(monkeypatch):
-    monkeypatch.setattr(module, "REMEMBERED", 3)
-    monkeypatch.setattr(module, "_PIECES", module._Pieces())
-    captions = ["a man in red shoes who walks past two parked cars"] * 2
-    assert torch.equal(tokenize(captions), CLIP(captions))
-    assert 0 < len(module._PIECES) <= 3
 
 
 def test_no_captions_give_no_rows():
@@ -113,6 +170,8 @@ def test_the_word_that_shares_the_masks_id_has_clips_token_and_is_no_mask_beside
     assert (tokens == MASK_ID).sum() == 1
     ids = tokens[tokens > 0].tolist()
     assert CLIP.decode([token for token in ids[1:-1] if token != MASK_ID]) == f"mr {word} in a coat "
+    last_merge = max(CLIP.bpe_ranks, key=CLIP.bpe_ranks.get)
+    assert [CLIP.encoder[part] for part in last_merge] == list(MASK_WORD)
 
 
 @pytest.mark.parametrize("captions", ["one text", ["fine", None], ["fine", 3]])
@@ -121,8 +180,7 @@ def test_what_is_no_list_of_texts_is_refused(captions):
         tokenize(captions)
 
 
-def test_captions_looked_up_together_have_the_tokens_that_each_has_alone(monkeypatch):
-    monkeypatch.setattr(module, "TOGETHER", 3)
+def test_captions_given_together_have_the_tokens_that_each_has_alone():
     captions = [
         "A man.",
         "",
@@ -157,6 +215,17 @@ def test_words_and_their_positions_spell_the_caption():
     for word, positions in words:
         if word != "[MASK]":
             assert CLIP.decode(tokens[positions].tolist()).strip() == word
+
+
+def test_masked_words_show_what_the_model_reads_and_which_word_it_must_predict():
+    tokens = tokenize(["a backpackz coat"])[0]
+    masked, labels = tokens.clone(), torch.zeros_like(tokens)
+    masked[2], labels[2] = MASK_ID, tokens[2]
+    words, answers = masked_words(masked, labels)
+    assert words[1].startswith("[MASK]")
+    assert words[1].endswith("z")
+    assert [words[0], words[2]] == ["a", "coat"]
+    assert answers == ["", "backpackz", ""]
 
 
 def test_words_of_cut_and_trimmed_captions_end_where_the_tokens_do():

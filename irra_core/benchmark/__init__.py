@@ -1,4 +1,4 @@
-"""What is timed, and how."""
+"""Timing of training, evaluation, ranking, decoding and start-up, beside a clone of the released code."""
 
 from irra_core.settings import lazily
 

@@ -1,4 +1,4 @@
-"""Chosen works → one result with the machine and its limits, its table, and where a training step's time goes."""
+"""Chosen works → one result with the machine and its limits, its table, and the time per part of a training step."""
 
 import contextlib
 import json
@@ -24,15 +24,16 @@ from irra_core.benchmark.workloads import (
     precisions,
     seconds_of,
 )
-from irra_core.model import IRRA, build_model
+from irra_core.backbone import build_model
+from irra_core.model import IRRA
 from irra_core.objective import loss_parts
 from irra_core.recipes import recipe
 from irra_core.released import clone as released
-from irra_core.settings import smoke, unknown
+from irra_core.settings import progress_bar, smoke, unknown
 from irra_core.training import build_optimiser
 
 FORMAT = 1  # of benchmark.json
-PARTS = (  # of a training step, in their order
+PARTS = (  # of a training step, in the order in which they run
     "data",
     "image encoder",
     "text encoder",
@@ -53,12 +54,12 @@ def measure(
     root: str | Path | None = None,
     progress: Callable | None = None,
 ) -> dict[str, Any]:
-    """Rows of the works joined by plus in `work` (none: all but those that take minutes), with machine and limits.
+    """The rows of the works joined by plus in `work` (None: all except those that take minutes), machine and limits.
 
     `official` is a local clone of the released code, timed in turns with ours on the same batch, weights and machine;
-    without it nothing is compared. `root` holds the data sets. `progress` is a tqdm-like class. Raises ValueError for
-    an unknown work or device, FileNotFoundError for a folder that is no clone, RuntimeError where the two codes do not
-    compute the same.
+    without it nothing is compared. `root` is the folder of the data sets. `progress` is a tqdm-like class. Raises
+    ValueError for an unknown work or device, FileNotFoundError for a folder that is no clone, RuntimeError where the
+    two codes do not compute the same losses or scores.
     """
     names = work.split("+") if work else [name for name in WORKS if name not in ON_REQUEST]
     for name in names:
@@ -68,46 +69,43 @@ def measure(
         raise ValueError(f"repeats is {repeats}: accepted is 1 or more")
     bench = Bench(_device(device), repeats, released.load_code(official) if official else None, root)
     limits, rows = measure_limits(bench.device), []
-    bar = progress(total=len(names), unit="work") if progress else None
-    for name in names:
-        if bar:
-            bar.set_description(name)
-        rows += [row.to_dict(limits) for row in WORKS[name](bench)]
-        if bar:
+    with progress_bar(progress, total=len(names), unit="work") as bar:
+        for name in names:
+            bar.set_postfix(work=name)
+            rows += [row.to_dict(limits) for row in WORKS[name](bench)]
             bar.update(1)
-    if bar:
-        bar.close()
     about = {"format": FORMAT, "shrunken": smoke(), "repeats": repeats, "compared": official is not None}
     return about | {"machine": runs.machine() | {"device": _name(bench.device)}, "limits": limits, "rows": rows}
 
 
 def _device(name: str | None) -> torch.device:
-    """The device of that name; without one the GPU if there is one."""
+    """The device of that name; without a name the GPU if there is one, else the CPU."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise ValueError(f"device {name!r} is unknown: accepted are cpu and cuda") from error
     if device.type not in LIMIT_SIZES or (device.type == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device {name!r} is not to be had here: accepted are cpu and, where torch sees a GPU, cuda")
+        raise ValueError(f"device {name!r} is not available here: accepted are cpu and, where torch sees a GPU, cuda")
     return device
 
 
 def _name(device: torch.device) -> str:
+    """The GPU's name, or cpu."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def profile_step(device: str | None = None, repeats: int = 5, root: str | Path | None = None) -> DataFrame:
-    """Where a training step of the synthetic recipe spends its time, in each precision that the device computes.
+    """The time per part of a training step of the synthetic recipe, in each precision that the device computes.
 
     Columns precision, part, seconds (median), share (%). The backward pass is one part; forward parts are timed call by
-    call, on a GPU waiting for it each time.
+    call, with a synchronisation of the GPU before and after each call.
     """
     bench = Bench(_device(device), repeats, None, root)
     return pd.concat([_profile(bench, precision) for precision in precisions(bench.device)], ignore_index=True)
 
 
 def _profile(bench: Bench, precision: str) -> DataFrame:
-    """`profile_step` in one precision."""
+    """The table of `profile_step` in one precision."""
     repeats = bench.repeats
     chosen = recipe("synthetic", pretrained="none", batch_size=bench.size("batch", 64, 4))
     batches = noise_batches(bench, chosen, chosen.batch_size * (repeats + 1))
@@ -146,7 +144,7 @@ def _step_parts(batches: Batches, number: int, model: IRRA, optimiser, precision
 
 
 def merged(result: dict[str, Any], earlier: dict[str, Any] | None) -> dict[str, Any]:
-    """The result with the rows of works that it did not measure from an earlier one on the same machine."""
+    """The result, completed by an earlier one of the same machine for the works that it did not measure."""
     same = ("format", "shrunken", "machine")
     if earlier is None or any(earlier.get(name) != result[name] for name in same):
         return result
@@ -157,7 +155,7 @@ def merged(result: dict[str, Any], earlier: dict[str, Any] | None) -> dict[str, 
 
 
 def speed_table(result: Mapping[str, Any]) -> DataFrame:
-    """The rows for the eye: median and best of ours and of the other code, ratio, target, met, share of the limit."""
+    """The table to show: median and best of ours and of the other code, ratio, target, met, share of the limit."""
     lines = []
     for row in result["rows"]:
         target, ratio, share = row["target"], row["ratio"], row["share_of_limit"]
@@ -185,7 +183,7 @@ def ratios(result: Mapping[str, Any]) -> DataFrame:
 
 
 def _shown(values: Mapping[str, float] | None, unit: str) -> str:
-    """`0.25 s (0.24)`: the median and the best."""
+    """The median and, in brackets, the best: `0.25 s (0.24)`."""
     if values is None:
         return "not measured"
     best = values["max"] if unit.endswith("/s") else values["min"]
@@ -193,17 +191,19 @@ def _shown(values: Mapping[str, float] | None, unit: str) -> str:
 
 
 def _digits(value: int | float) -> str:
+    """A number with three significant digits, or all digits before the point."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _target_shown(target: Mapping[str, Any] | None, unit: str) -> str:
+    """A target as the table shows it: `≥ 8×` or `≤ 10 s`."""
     if target is None:
         return ""
     return f"{target['sign']} {_digits(target['value'])}{'×' if target['of'] == 'ratio' else f' {unit}'}"
 
 
 def save_benchmark(result: Mapping[str, Any], folder: str | Path) -> None:
-    """Write benchmark.json and benchmark.md, the table with the machine's name, into a folder."""
+    """Write benchmark.json, and benchmark.md with the table and the machine, into a folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     runs.write_text(folder / "benchmark.json", json.dumps(result, indent=1, ensure_ascii=False))
@@ -211,20 +211,20 @@ def save_benchmark(result: Mapping[str, Any], folder: str | Path) -> None:
 
 
 def load_benchmark(folder: str | Path) -> dict[str, Any] | None:
-    """What `save_benchmark` wrote into a folder; None where there is nothing."""
+    """The result that `save_benchmark` wrote into a folder; None where there is none."""
     file = Path(folder) / "benchmark.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def to_markdown(result: Mapping[str, Any]) -> str:
-    """The table of a result as Markdown, below it the machine, its limits and its load."""
+    """The table of a result in Markdown, and below it the machine, its limits and its load."""
     table = speed_table(result)
     lines = [table.columns, ["---"] * len(table.columns), *table.to_numpy().tolist()]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + f"\n\n{machine_line(result)}\n"
 
 
 def machine_line(result: Mapping[str, Any]) -> str:
-    """The machine, its measured limits and its load in a sentence or two."""
+    """The machine, its measured limits and its load in two sentences."""
     machine, limits = result["machine"], result["limits"]
     loads = sorted(row["load"] for row in result["rows"])
     counts = sorted({len(row["ours"]["all"]) for row in result["rows"] if row["ours"]})

@@ -1,4 +1,4 @@
-"""The works that a user waits for → `Row`s: seconds, rates and memory, the released code's beside ours, targets."""
+"""The works that users wait for → `Row`s: seconds, rates and memory, ours and the released code's, with targets."""
 
 import contextlib
 import datetime
@@ -31,7 +31,8 @@ from irra_core.batches import Batch, Batches
 from irra_core.evaluation import encode_images, evaluate
 from irra_core.images import image_array, open_annotations, open_photo
 from irra_core.metrics import query_metrics_from_features, retrieval_metrics
-from irra_core.model import IRRA, build_model
+from irra_core.backbone import build_model
+from irra_core.model import IRRA
 from irra_core.objective import Objective, computes_bf16, loss_parts, step_precision
 from irra_core.recipes import Recipe, recipe
 from irra_core.released import clone as released
@@ -40,10 +41,10 @@ from irra_core.settings import cache_root, cores, smoke
 from irra_core.text import tokenize
 from irra_core.training import build_optimiser, optimise
 
-EQUAL_LOSSES = 1e-3  # relative: both codes on one batch in single precision, so that it is the same work
-EQUAL_SCORES = 1e-4  # per cent
+EQUAL_LOSSES = 1e-3  # relative difference allowed between both codes on one batch, in single precision
+EQUAL_SCORES = 1e-4  # difference allowed, in percentage points
 GALLERY = {"queries": 6_156, "gallery": 3_074, "people": 1_000}  # CUHK-PEDES's test split
-PHOTOS_A_PERSON = 20  # of the large galleries; ICFG-PEDES has 19,848 test photos of 1,000 people
+PHOTOS_PER_PERSON = 20  # of the large galleries; ICFG-PEDES has 19,848 test photos of 1,000 people
 CUHK_TRAIN = {"photos": 34_054, "captions": 68_126, "people": 11_003}
 FEATURE_WIDTH = 512  # ViT-B/16's
 LIMIT_SIZES = {"cpu": (1_536, 2**28), "cuda": (8_192, 2**30)}  # side of the square matrices, bytes copied
@@ -55,23 +56,23 @@ READY = "import torch; import irra_core as irra; irra.train, irra.build_model, i
 
 
 class Target(NamedTuple):
-    """What a row should reach: of its `ratio` to the other code or of `ours`, at least (≥) or at most (≤) a value."""
+    """The value that a row's `ratio` to the other code, or `ours` itself, should at least (≥) or at most (≤) have."""
 
     of: str
     sign: str
     value: float
 
     def met(self, value: int | float) -> bool:
-        """True where the value reaches the target."""
+        """True if the value reaches the target."""
         return value >= self.value if self.sign == "≥" else value <= self.value
 
 
 @dataclass(kw_only=True)
 class Row:
-    """One measured number: ours, each repeat; the other code's where it was measured; what it should be.
+    """One measured quantity: every repeat of ours and, where it was measured, of the other code; and its target.
 
-    A unit that ends in "/s" is better when larger, all others when smaller. `reached` are the FLOP/s or bytes/s of our
-    median, of the machine's measured `limit`.
+    With a unit that ends in "/s" larger is better, with all others smaller. `reached` is the FLOP/s or bytes/s of our
+    median, to be compared with the machine's measured `limit` of that name.
     """
 
     work: str
@@ -87,14 +88,14 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """How many times better than the other code, of the medians."""
+        """How many times better our median is than the other code's; None if either was not measured."""
         if not self.ours or not self.other:
             return None
         ours, other = median(self.ours), median(self.other)
         return ours / other if self.unit.endswith("/s") else other / ours
 
     def to_dict(self, limits: Mapping[str, float]) -> dict[str, Any]:
-        """The row as the JSON keeps it, its load and its time of measurement with it."""
+        """The row as the JSON holds it, with the machine's load and the time of the measurement."""
         value = self.ratio if self.target and self.target.of == "ratio" else median(self.ours) if self.ours else None
         judged = self.target is not None and value is not None and not smoke()
         return {
@@ -116,12 +117,16 @@ class Row:
 
 
 def _summary(values: list[float] | None) -> dict[str, Any] | None:
+    """Minimum, median, maximum and all of the values; None if there are none."""
     return {"min": min(values), "median": median(values), "max": max(values), "all": values} if values else None
 
 
 @dataclass
 class Bench:
-    """What the rows share: the device, how often to measure, the released code if given, and the rendered people."""
+    """What all works share: device, number of repeats, the released code if given, the rendered data set.
+
+    `sizes` replaces sizes of works by name, for tests.
+    """
 
     device: torch.device
     repeats: int
@@ -131,16 +136,16 @@ class Bench:
 
     @functools.cached_property
     def annotations(self) -> DataFrame:
-        """The synthetic data set, rendered first where it is not there yet."""
+        """The synthetic data set, rendered if it is not there yet."""
         return open_annotations(recipe("synthetic"), self.root)
 
     def size(self, name: str, full: int, shrunk: int) -> int:
-        """A size of the work: as in the targets, or shrunken with IRRA_SMOKE=1."""
+        """A size of a work: the one that the targets are for, or with IRRA_SMOKE=1 the shrunken one."""
         return self.sizes.get(name, shrunk if smoke() else full)
 
 
 def measure_limits(device: torch.device) -> dict[str, float]:
-    """The best of ten: FLOP/s of a large matrix product in each of `precisions`, bytes/s read and written by a copy."""
+    """FLOP/s of a large matrix product per precision, and bytes/s read and written by a copy; the best of ten each."""
     side, size = LIMIT_SIZES[device.type] if not smoke() else (256, 2**20)
     found = {}
     for name in precisions(device):
@@ -155,16 +160,16 @@ def measure_limits(device: torch.device) -> dict[str, float]:
 
 
 def precisions(device: torch.device) -> tuple[str, ...]:
-    """In which arithmetic a step is timed: bf16 too where the device has it. Imitated, it would take minutes."""
+    """The precisions in which a step is timed: bf16 only where the device has instructions for it."""
     return ("bf16", "fp32") if computes_bf16(device) else ("fp32",)
 
 
 def interleave(
     calls: Mapping[str, Callable[[], object]], repeats: int, device: torch.device | None = None
 ) -> dict[str, list[float]]:
-    """Seconds of each call, in turns: a first round that does not count, then `repeats` rounds.
+    """Seconds of each call, called in turns: one warm-up round, then `repeats` rounds.
 
-    In turns, because whatever else the machine does meanwhile then slows all of them alike.
+    In turns, so that other load on the machine slows all calls alike.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
@@ -176,6 +181,7 @@ def interleave(
 
 
 def seconds_of(call: Callable[[], object], device: torch.device | None = None) -> float:
+    """Seconds that a call takes, the work that it starts on a GPU included."""
     _wait(device)
     began = time.perf_counter()
     call()
@@ -184,20 +190,20 @@ def seconds_of(call: Callable[[], object], device: torch.device | None = None) -
 
 
 def _wait(device: torch.device | None) -> None:
-    """Until the device has done what it was asked."""
+    """Synchronise a GPU; nothing for a CPU."""
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def small_step(bench: Bench) -> list[Row]:
-    """A training step of the synthetic recipe."""
+    """Rows of a training step of the synthetic recipe."""
     chosen = recipe("synthetic", pretrained="none", batch_size=bench.size("batch", 64, 4))
     own = step_precision(chosen.precision, bench.device)
     return _step_rows(bench, "step", chosen, 500, {own: Target("ratio", "≥", 8)})
 
 
 def paper_step(bench: Bench) -> list[Row]:
-    """A training step of the paper's model, in small batches; IRRA_SMOKE=1 takes the little CLIP for it."""
+    """Rows of a training step of the paper's model in small batches; with IRRA_SMOKE=1 of the small CLIP."""
     size = {"backbone": "small"} if smoke() else {}
     chosen = recipe("cuhk", pretrained="none", batch_size=bench.size("paper batch", 8, 2), **size)
     people = bench.size("people", CUHK_TRAIN["people"], 24)
@@ -207,7 +213,7 @@ def paper_step(bench: Bench) -> list[Row]:
 
 
 def _step_rows(bench: Bench, work: str, chosen: Recipe, people: int, targets: Mapping[str, Target]) -> list[Row]:
-    """A row a precision: our step as users run it, in turns with the released one on the same batch and weights.
+    """One row per precision: our step as users run it, in turns with the released step on the same batch and weights.
 
     A precision that the device has no instructions for is not measured.
     """
@@ -244,23 +250,23 @@ def _step_rows(bench: Bench, work: str, chosen: Recipe, people: int, targets: Ma
 
 
 def _batch(bench: Bench, chosen: Recipe) -> Batch:
-    """One batch of the recipe: rendered people's captions, and noise for photos, which costs the same."""
+    """One batch of the recipe: captions of the rendered people, and noise as photos, which costs the same."""
     return noise_batches(bench, chosen, chosen.batch_size).at(0)
 
 
 def counting() -> FlopCounterMode:
-    """Within, the arithmetic of matrix products, convolutions and attention is counted, oneDNN's entry included."""
+    """A counter of the FLOPs of matrix products, convolutions and attention, oneDNN's private operator included."""
     ours = {torch.ops.mkldnn._linear_pointwise: _linear_flops} if hasattr(torch.ops.mkldnn, "_linear_pointwise") else {}
     return FlopCounterMode(display=False, custom_mapping=ours)
 
 
 def _linear_flops(tokens: Sequence[int], weight: Sequence[int], *rest: Any, **named: Any) -> int:
-    """Multiplications and additions of a linear map, from the shapes."""
+    """Multiplications and additions of a linear map, computed from its shapes."""
     return 2 * math.prod(tokens) * weight[0]
 
 
 def noise_batches(bench: Bench, chosen: Recipe, captions: int, photos: int | None = None) -> Batches:
-    """Batches of so many train captions, drawn from the rendered people's, over noise photos on the device."""
+    """Batches of that many train captions, drawn from the rendered people's, and noise photos on the device."""
     train = bench.annotations.query("split == 'train'")
     train = train.sample(captions, replace=captions > len(train), random_state=0).reset_index(drop=True)
     train = train.assign(image_id=np.arange(captions) % (photos or captions))
@@ -270,12 +276,12 @@ def noise_batches(bench: Bench, chosen: Recipe, captions: int, photos: int | Non
 
 
 def _check_same_losses(model: IRRA, batch: Batch, chosen: Recipe, theirs: Mapping[str, Tensor]) -> None:
-    """Raise RuntimeError unless both codes' losses agree; ours attends to padding meanwhile, as the released one."""
+    """Raise RuntimeError unless both codes' losses agree; meanwhile our model attends to padding, as released."""
     attends, model.padding_attention = model.padding_attention, True
     with torch.no_grad():
         ours = loss_parts(model, batch, chosen, "fp32")
     model.padding_attention = attends
-    allowed = 0.05 if batch.pids.device.type == "cuda" else EQUAL_LOSSES  # there the released code computes in fp16
+    allowed = 0.05 if batch.pids.device.type == "cuda" else EQUAL_LOSSES  # on a GPU the released code computes in fp16
     for name, value in ours.items():
         other = theirs[f"{name}_loss"].item()
         if abs(value.item() - other) > allowed * abs(other):
@@ -285,7 +291,7 @@ def _check_same_losses(model: IRRA, batch: Batch, chosen: Recipe, theirs: Mappin
 
 
 def ranking(bench: Bench) -> list[Row]:
-    """Scores of a similarity matrix, as large as CUHK-PEDES's test split, beside the released rank()."""
+    """The row of scores from a similarity matrix as large as CUHK-PEDES's test split, beside the released rank()."""
     sizes = [bench.size(name, full, full // 100) for name, full in GALLERY.items()]
     query, gallery, query_pids, gallery_pids = _planted(*sizes)
     similarity = (query @ gallery.T).to(bench.device)
@@ -317,32 +323,32 @@ def ranking(bench: Bench) -> list[Row]:
 def _planted(
     queries: int, gallery: int, people: int, width: int = FEATURE_WIDTH
 ) -> tuple[Float[Tensor, "q d"], Float[Tensor, "g d"], Int[Tensor, " q"], Int[Tensor, " g"]]:
-    """L2-normalised features of people who can be told apart, but not always, and their identities."""
+    """L2-normalised query and gallery features that often but not always find their identity, and the identities."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(people, width, generator=generator)
     found, pids = [], []
     for count in (queries, gallery):
         pids.append(torch.arange(count) % people)
         features = torch.randn(count, width, generator=generator).mul_(3)
-        for start in range(0, count, 4096):  # in pieces: the features alone are to count in the peak
+        for start in range(0, count, 4096):  # in pieces, so that no temporary adds to the peak memory
             features[start : start + 4096] += centres[pids[-1][start : start + 4096]]
         found.append(F.normalize(features, dim=1, out=features))
     return *found, *pids
 
 
 def large_ranking(bench: Bench) -> list[Row]:
-    """Scores from features, as many as ICFG-PEDES's test split has: time and memory."""
+    """Rows of scores from features, as many as ICFG-PEDES's test split has: time and memory."""
     count = bench.size("features", 19_848, 400)
     return _ranking_rows(bench, "rank-19848", count, bench.repeats, Target("ours", "≤", 10), 1)
 
 
 def larger_ranking(bench: Bench) -> list[Row]:
-    """Scores from features of 100,000 photos and as many sentences, once: it takes minutes."""
+    """Rows of scores from features of 100,000 photos and 100,000 captions, measured once: it takes minutes."""
     return _ranking_rows(bench, "rank-100000", bench.size("many features", 100_000, 800), 1, None, 2)
 
 
 def _ranking_rows(bench: Bench, work: str, count: int, repeats: int, target: Target | None, most_gib: int) -> list[Row]:
-    """Seconds and peak memory above the features of ranking count × count, each time in a process of its own."""
+    """Seconds, and peak memory above the features, of ranking count × count; each repeat in its own process."""
     source = "import sys; from irra_core.benchmark import workloads; "
     source += "print(workloads.ranking_cost(*map(int, sys.argv[1:])))"
     found = []
@@ -365,24 +371,24 @@ def _ranking_rows(bench: Bench, work: str, count: int, repeats: int, target: Tar
 
 
 def ranking_cost(count: int, threads: int) -> tuple[float, float]:
-    """Seconds, and peak GiB above the features, of ranking count × count features; for a process of its own."""
+    """Seconds, and peak GiB above the features, of ranking count × count features; to be run in its own process."""
     torch.set_num_threads(threads)
-    query_metrics_from_features(*_planted(64, 64, 8))  # what torch allocates on first use is not ours
-    features = _planted(count, count, max(count // PHOTOS_A_PERSON, 2))
+    query_metrics_from_features(*_planted(64, 64, 8))  # warm-up: what torch allocates on first use is not counted
+    features = _planted(count, count, max(count // PHOTOS_PER_PERSON, 2))
     before = _forget_peak()
     seconds = seconds_of(lambda: query_metrics_from_features(*features))
     return seconds, (_memory("VmHWM") - before) / GIB
 
 
 def _forget_peak() -> int:
-    """Bytes that this process holds now; its peak is counted from here."""
+    """Reset this process's peak memory; the bytes that it holds now."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return _memory("VmRSS")
 
 
 def _memory(name: str) -> int:
-    """Bytes of a memory figure that Linux keeps of this process (elsewhere the peak alone is known)."""
+    """Bytes of one of Linux's memory figures of this process; on other systems the peak."""
     status = Path("/proc/self/status")
     if not status.exists():
         return runs.peak_memory()
@@ -391,7 +397,7 @@ def _memory(name: str) -> int:
 
 
 def _in_child(source: str, *arguments: str) -> str:
-    """What a fresh Python prints. Raises RuntimeError with its last words if it fails."""
+    """The output of a source in a new Python process. Raises RuntimeError with its last line of errors if it fails."""
     ended = subprocess.run([sys.executable, "-c", source, *arguments], capture_output=True, text=True)
     if ended.returncode:
         last = (ended.stderr.strip().splitlines() or ["nothing"])[-1]
@@ -400,7 +406,7 @@ def _in_child(source: str, *arguments: str) -> str:
 
 
 def evaluation(bench: Bench) -> list[Row]:
-    """Scoring a model on the synthetic test split, both directions with intervals, beside the released evaluation."""
+    """Rows of an evaluation on the synthetic test split, in both directions, beside the released code's."""
     chosen, annotations = recipe("synthetic", pretrained="none"), bench.annotations
     pixels = image_array(list(photo_table(annotations).path), chosen.image_height, chosen.image_width).pixels
     model = build_model(chosen, 500).to(bench.device)
@@ -432,7 +438,7 @@ def evaluation(bench: Bench) -> list[Row]:
 
 @contextlib.contextmanager
 def clock(owner: Any, name: str, part: str, spent: dict[str, float], device=None) -> Iterator[None]:
-    """Within, the time of each call of owner.name is added to spent[part]."""
+    """Within, the seconds of each call of owner.name are added to spent[part]."""
     inner = getattr(owner, name)
 
     def timed(*arguments: Any, **named: Any) -> Any:
@@ -452,9 +458,9 @@ def clock(owner: Any, name: str, part: str, spent: dict[str, float], device=None
 
 
 def decoding(bench: Bench) -> list[Row]:
-    """Decoding photos into the cache beside Pillow alone, and finding them again.
+    """Rows of decoding photos into the cache, beside Pillow alone, and of opening the cached array again.
 
-    Photos of a data set have many sizes; the rendered ones have the paper's, at which they are not resized.
+    Real photos have many sizes. The rendered ones have the paper's size, at which nothing is resized.
     """
     rendered = list(photo_table(bench.annotations).path)
     with tempfile.TemporaryDirectory() as folder:
@@ -467,7 +473,7 @@ def decoding(bench: Bench) -> list[Row]:
 
 
 def _photos_of_many_sizes(files: list[str], folder: Path) -> list[str]:
-    """Copies of photos, as wide and tall as boxes round people are: 80 to 220 pixels, 2.2 to 3.3 times as tall."""
+    """Paths of resized copies: 80 to 220 pixels wide and 2.2 to 3.3 times as tall, as detected people are."""
     generator, copies = np.random.default_rng(0), []
     for place, file in enumerate(files):
         width = generator.integers(80, 221)
@@ -478,7 +484,7 @@ def _photos_of_many_sizes(files: list[str], folder: Path) -> list[str]:
 
 
 def _decoding_rows(bench: Bench, files: list[str], kind: str, height: int, width: int) -> list[Row]:
-    """One size's rows; every repeat fills a cache folder of its own on the cache's disk."""
+    """Both rows of one size; every repeat fills its own cache folder, on the disk of the user's cache."""
     spent, later = [], []
     cache_root().mkdir(parents=True, exist_ok=True)
 
@@ -499,7 +505,7 @@ def _decoding_rows(bench: Bench, files: list[str], kind: str, height: int, width
 
 @contextlib.contextmanager
 def _environment(**variables: str) -> Iterator[None]:
-    """Environment variables that hold within."""
+    """Set environment variables within, and restore them afterwards."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -510,7 +516,7 @@ def _environment(**variables: str) -> Iterator[None]:
 
 
 def _pillow_alone(files: list[str], height: int, width: int) -> None:
-    """Each file decoded and resized by Pillow on all cores, nothing kept."""
+    """Decode and resize each file by Pillow on all cores, and discard it."""
 
     def some(part: list[str]) -> None:
         for file in part:
@@ -522,7 +528,7 @@ def _pillow_alone(files: list[str], height: int, width: int) -> None:
 
 
 def loading(bench: Bench) -> list[Row]:
-    """Training batches from the array beside the released loader's, and their share of a training step."""
+    """Rows of the rate of training batches, beside the released loader, and of their share of a training step."""
     chosen, annotations = recipe("synthetic", pretrained="none"), bench.annotations
     chosen = chosen.replace(batch_size=bench.size("batch", 64, 4))
     pixels = image_array(list(photo_table(annotations).path), chosen.image_height, chosen.image_width).pixels
@@ -558,7 +564,7 @@ def loading(bench: Bench) -> list[Row]:
 
 
 def _loader_rate(bench: Bench, annotations: DataFrame, chosen: Recipe, count: int) -> float:
-    """Photos a second of the released loader, its start not counted."""
+    """Photos per second of the released loader, without its start."""
     batches = iter(released.train_loader(bench.code, annotations, chosen))
     next(batches)
     began = time.perf_counter()
@@ -567,9 +573,9 @@ def _loader_rate(bench: Bench, annotations: DataFrame, chosen: Recipe, count: in
 
 
 def starting(bench: Bench) -> list[Row]:
-    """The import alone, and a fresh notebook kernel until it can train."""
+    """Rows of the time of the import alone, and of starting a notebook kernel that can train."""
     imports = [float(_in_child(IMPORT)) for _ in range(bench.repeats)]
-    ready = None if smoke() else [_kernel_ready() for _ in range(bench.repeats)]  # shrunken: it costs ten seconds
+    ready = None if smoke() else [_kernel_ready() for _ in range(bench.repeats)]  # ten seconds each
     return [
         Row(work="start", what="import irra_core", unit="s", ours=imports, target=Target("ours", "≤", 0.2)),
         Row(
@@ -583,7 +589,7 @@ def starting(bench: Bench) -> list[Row]:
 
 
 def _kernel_ready(source: str = READY) -> float:
-    """Seconds from starting a notebook kernel to having torch, the model's and the training's code imported."""
+    """Seconds from starting a notebook kernel until it has imported torch, the model and training."""
     from jupyter_client.manager import KernelManager
 
     manager = KernelManager()
@@ -608,7 +614,7 @@ def _kernel_ready(source: str = READY) -> float:
 
 
 def gpu(bench: Bench) -> list[Row]:
-    """Training on CUHK-PEDES's sizes and encoding its gallery on one GPU; without one, rows that were not measured."""
+    """Rows of training with CUHK-PEDES's sizes and of encoding its gallery on one GPU; not measured without a GPU."""
     train = Row(work="gpu", what="training, paper's recipe, CUHK-PEDES's sizes", unit="photos/s")
     peak = Row(work="gpu", what="its share of the dense bf16 peak", unit="%", target=Target("ours", "≥", 45))
     idle = Row(work="gpu", what="device idle meanwhile", unit="%", target=Target("ours", "≤", 2))
@@ -647,7 +653,7 @@ def gpu(bench: Bench) -> list[Row]:
 
 
 def _idle(call: Callable[[], None], device: torch.device) -> list[float] | None:
-    """Per cent of the time in which the GPU computes nothing; None without a GPU."""
+    """Per cent of the time in which no kernel runs on the GPU; None without a GPU."""
     if device.type != "cuda":
         return None
     from torch.autograd import DeviceType
@@ -662,7 +668,7 @@ def _idle(call: Callable[[], None], device: torch.device) -> list[float] | None:
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """How long at least one of the spans, from start to end, lasted: what overlaps counts once."""
+    """Total length of the union of spans (start, end): overlaps count once."""
     total, until = 0.0, -math.inf
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, until))
@@ -682,4 +688,4 @@ WORKS: dict[str, Callable[[Bench], list[Row]]] = {
     "start": starting,
     "gpu": gpu,
 }
-ON_REQUEST = ("rank-100000",)  # minutes: measured only where named
+ON_REQUEST = ("rank-100000",)  # takes minutes: measured only if named

@@ -22,7 +22,7 @@ def result(monkeypatch):
     [
         ({"work": "step+rnak"}, "work 'rnak' is unknown: did you mean 'rank'"),
         ({"device": "toaster"}, "device 'toaster' is unknown"),
-        ({"device": "mps"}, "device 'mps' is not to be had here"),
+        ({"device": "mps"}, "device 'mps' is not available here"),
         ({"repeats": 0}, "repeats is 0"),
     ],
 )

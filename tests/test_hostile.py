@@ -168,10 +168,10 @@ def test_the_marker_appears_where_such_a_file_is_loaded_without_care(form, mine,
     assert mine.exists()
 
 
-@pytest.mark.parametrize("name", ["part-00000.safetensors", "part-00000.parquet", "gallery.json"])
+@pytest.mark.parametrize("name", ["part-00000.safetensors", "hnsw.safetensors", "gallery.json"])
 def test_a_gallery_with_a_pickle_inside_is_refused_and_runs_none(name, mine, tmp_path, annotations, tiny):
     model = irra.build_model(tiny, 3)
-    gallery = irra.Gallery.build(model, annotations[annotations.split == "test"])
+    gallery = irra.Gallery.build(model, annotations[annotations.split == "test"], index="hnsw")
     gallery.save(tmp_path / "gallery")
     assert (tmp_path / "gallery" / name).exists(), sorted(os.listdir(tmp_path / "gallery"))
     hostile(tmp_path / "gallery" / name, mine, "pickle")

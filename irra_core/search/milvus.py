@@ -13,7 +13,8 @@ import pandas as pd
 from jaxtyping import Float32, Int64
 from pandas import DataFrame
 
-from irra_core.search.nearest import BUILD_WIDTH, NEIGHBOURS, SEARCH_WIDTH, Memory, Shard
+from irra_core.search.hnsw import BUILD_WIDTH, NEIGHBOURS, SEARCH_WIDTH
+from irra_core.search.nearest import Memory, Shard
 
 INDEXES = {"exact": ("FLAT", {}), "hnsw": ("HNSW", {"M": NEIGHBOURS, "efConstruction": BUILD_WIDTH})}
 BATCH = 1000  # rows or queries a message: at width 512 they are 2 MB, and a server takes 64

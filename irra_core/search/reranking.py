@@ -2,11 +2,12 @@
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int, UInt8
+from jaxtyping import Bool, Float, Float32, Int, Int64, UInt8
 from torch import Tensor
 
 from irra_core.augmentation import normalise
 from irra_core.evaluation import scoring
+from irra_core.images import UnreadableImages, decoded_array
 from irra_core.objective import autocast
 from irra_core.text import MASK_ID, detokenize_words, tokenize
 
@@ -15,6 +16,29 @@ NEIGHBOURS, EXPANDED = 6, 2  # k1 and k2; Zhong et al.: 20 and 6, for people wit
 COSINE_SHARE = 0.6  # lambda, what the first look keeps; Zhong et al.: 0.3
 WORD_GROUPS = 4  # each hides a quarter of the words, so that three quarters still tell who is meant
 WORD_WEIGHT = 0.02  # cosine for one nat a word
+
+
+def second_scores(
+    rerank: str,
+    model,
+    store,
+    query: str,
+    scores: Float32[np.ndarray, " n"],
+    ids: Int64[np.ndarray, " n"],
+    precision: str,
+) -> Float32[np.ndarray, " n"]:
+    """Scores of a query's n best photos, best first, after re-ranking; beyond its candidates the order stays."""
+    if not len(scores):
+        return scores
+    first = slice(CANDIDATES[rerank])
+    if rerank == "reciprocal":
+        again = reciprocal_scores(scores[first], store.features_of(ids[first]))
+    else:
+        pixels, unreadable = decoded_array(list(store.rows(ids[first]).path), *model.image_size)
+        if unreadable:
+            raise UnreadableImages(unreadable)
+        again = word_scores(model, query, pixels, scores[first], precision)
+    return np.append(again, again.min() - (scores[first].min() - scores[len(again) :]))
 
 
 def reciprocal_scores(

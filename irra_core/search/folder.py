@@ -1,0 +1,215 @@
+"""A gallery's folder ↔ a `Memory`: the head `gallery.json`, parts of features and rows, and the HNSW graph.
+
+A part of format 2 is one safetensors file with a checksum over all of it: `features` (float32), `image_id` (int64),
+`pid` (int64) and `pid_known` (bool), `paths` (the UTF-8 bytes of all paths, joined) and `offsets` (int64: path i is
+bytes offsets[i] to offsets[i + 1]). A part of format 1 has the rows in a Parquet file beside it. Such folders are read,
+and get their next parts in format 2: each part shows which of the two it is.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float32
+from pandas import DataFrame
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from irra_core.backbone import CHECKSUM, checksum
+from irra_core.batches import ALONE, Team
+from irra_core.checkpoints import save_tensors
+from irra_core.retrieval import check_unit
+from irra_core.runs import write_text
+from irra_core.search.hnsw import GRAPH
+from irra_core.search.nearest import Memory, Shard
+from irra_core.search.stores import check_index, feature_width, model_fingerprint
+
+FORMAT = 2  # what is written; format 1 is read
+HEAD = "gallery.json"
+
+
+def open_or_begin(folder: Path, model, index: str, team: Team) -> Memory:
+    """The photos that a folder has already, or none in a new one; other processes may begin it at the same moment."""
+    if not (folder / HEAD).is_file():
+        begin_folder(folder, model, index)
+    head = _read_head(folder, model)  # another model's gallery, begun in this moment, is refused here
+    if head["format"] < FORMAT:
+        (folder / GRAPH).unlink(missing_ok=True)  # format 1 had arrays of its own in place of faiss's
+    if (head["format"], head["index"]) != (FORMAT, index):
+        begin_folder(folder, model, index, head["photos"])
+    head |= {"format": FORMAT, "index": index if team == ALONE else "exact"}  # a share is always searched exactly
+    return _filled(folder, head, whole=False)
+
+
+def load_folder(folder: Path, model, index: str | None = None) -> Memory:
+    """A folder's photos, every file checked; `index` replaces the one in the head."""
+    head = _read_head(folder, model)
+    return _filled(folder, head | {"index": check_index(index or head["index"])}, whole=True)
+
+
+def _filled(folder: Path, head: Mapping[str, Any], whole: bool) -> Memory:
+    """The photos of all parts; unless `whole`, parts may be missing, because the caller encodes their photos again."""
+    store, graph = Memory(head["dim"], head["index"]), folder / GRAPH
+    parts = [_read_part(path, head["dim"]) for path in sorted(folder.glob("part-*.safetensors"))]
+    if (count := sum(len(photos) for photos, _ in parts)) < head["photos"]:
+        if whole:
+            raise ValueError(
+                f"{folder} has {count:,} of its {head['photos']:,} photos, a part is missing: copy the gallery "
+                "again, or call Gallery.build(…, folder=) with the same photos, which adds what is missing"
+            )
+        graph.unlink(missing_ok=True)  # the photos that are encoded again come in another order
+    store.extend(parts, graph if head["format"] == FORMAT else None)
+    if (twice := store.images.image_id.duplicated()).any():
+        raise ValueError(f"{folder}: image_id {store.images.image_id[twice].iloc[0]} is there twice: build it again")
+    return store
+
+
+def save_folder(folder: Path, model, store: Memory) -> None:
+    """Write a gallery to a folder, which appears complete or not at all, and replaces a gallery that was there."""
+    _check_free(folder)
+    aside, old = (folder.with_name(f"{folder.name}.{word}-{os.getpid()}") for word in ("partial", "old"))
+    try:
+        begin_folder(aside, model, store.index, len(store))
+        _write_part(aside, store.images, store.features)
+        store.save_graph(aside)
+        if folder.exists():
+            folder.replace(old)
+        aside.replace(folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.replace(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def complete_folder(folder: Path, model, store: Memory) -> None:
+    """Write what only the last call on a folder knows: the number of photos, and the graph."""
+    store.save_graph(folder)
+    begin_folder(folder, model, store.index, len(store))
+
+
+def begin_folder(folder: Path, model, index: str, photos: int = 0) -> None:
+    """Write a folder's head; `photos` is the least number of photos that it has."""
+    _check_free(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    head = {"format": FORMAT, "model": model_fingerprint(model), "dim": feature_width(model), "index": index}
+    write_text(folder / HEAD, json.dumps(head | {"photos": photos}, indent=2) + "\n")
+
+
+def _check_free(folder: Path) -> None:
+    """Refuse a folder that holds anything but a gallery.
+
+    Another process may begin the gallery at this moment. It writes the head first, so we look for the head last.
+    """
+    taken = folder.exists() and (not folder.is_dir() or any(folder.glob("[!.]*")))
+    if taken and not (folder / HEAD).is_file():
+        raise ValueError(f"{folder} holds something that is no gallery: give the path of a new folder")
+
+
+def _read_head(folder: Path, model) -> dict[str, Any]:
+    """The head of a folder, checked against the model."""
+    path = folder / HEAD
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is no gallery: it has no {HEAD}; Gallery.build(…, folder=) makes one")
+    try:
+        head = {"photos": 0} | json.loads(path.read_text(encoding="utf-8"))  # an unfinished gallery has no number
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): build the gallery again") from None
+    kinds = {"format": int, "model": str, "dim": int, "index": str, "photos": int}
+    if {name: type(head.get(name)) for name in kinds} != kinds or head["format"] not in (1, FORMAT):
+        raise ValueError(f"{path} is no gallery of format 1 or {FORMAT}: build the gallery again")
+    mine, width = model_fingerprint(model), feature_width(model)
+    if head["model"] != mine:
+        raise ValueError(
+            f"{folder} was built by model {head['model'][:12]} and this is model {mine[:12]}: features of two "
+            "models cannot be compared; load the checkpoint that built it, or build another gallery"
+        )
+    if head["dim"] != width:
+        raise ValueError(
+            f"{path} is damaged: it gives the features' width as {head['dim']}, the model's is {width}: "
+            "build the gallery again"
+        )
+    return head
+
+
+def written(shards: Iterable[Shard], folder: Path, team: Team) -> Iterator[Shard]:
+    """The same shards; each is written to the folder before it is passed on."""
+    for photos, features in shards:
+        _write_part(folder, photos, features, team)
+        yield photos, features
+
+
+def _write_part(folder: Path, photos: DataFrame, features: Float32[np.ndarray, "n dim"], team: Team = ALONE) -> None:
+    """Write the next part. Process p of n takes the numbers p, p + n, p + 2n, …, so that no two write the same part."""
+    process, processes = team
+    numbers = [int(path.stem.removeprefix("part-")) for path in folder.glob("part-*.safetensors")]
+    free = max(numbers, default=-1) + 1
+    encoded = [path.encode() for path in photos.path]
+    arrays = {
+        "features": np.ascontiguousarray(features),
+        "image_id": photos.image_id.to_numpy(np.int64, copy=True),
+        "pid": photos.pid.fillna(0).to_numpy(np.int64, copy=True),
+        "pid_known": photos.pid.notna().to_numpy(bool, copy=True),
+        "paths": np.frombuffer(bytearray(b"".join(encoded)), np.uint8),
+        "offsets": np.cumsum([0, *map(len, encoded)], dtype=np.int64),
+    }
+    part = folder / f"part-{free + (process - free) % processes:05}.safetensors"
+    save_tensors({name: torch.from_numpy(array) for name, array in arrays.items()}, part)
+
+
+def _read_part(path: Path, dim: int) -> Shard:
+    """The rows and features of one part. Raises ValueError for one that is damaged."""
+    try:
+        if not path.is_file():
+            raise ValueError("it is no regular file")
+        with safe_open(path, "pt") as file:  # torch has a name for every dtype, numpy has not
+            arrays, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        earlier = "paths" not in arrays
+        if (CHECKSUM in metadata or not earlier) and metadata.get(CHECKSUM) != checksum(arrays, metadata):
+            raise ValueError("its content has another checksum than when it was written")
+        photos, features = (_format_1 if earlier else _rows)(arrays, path), arrays["features"].numpy()
+        if features.dtype != np.float32 or features.shape != (len(photos), dim):
+            raise ValueError(f"features are {features.dtype} {features.shape}, expected float32 {(len(photos), dim)}")
+    except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): delete it, and Gallery.build(…, folder=) with the same photos adds what is "
+            "missing"
+        ) from None
+    return photos, features
+
+
+def _rows(arrays: Mapping[str, Tensor], path: Path) -> DataFrame:
+    """The rows in a part's arrays."""
+    content = arrays["paths"].numpy().tobytes()
+    paths = [content[start:end].decode() for start, end in pairwise(arrays["offsets"].tolist())]
+    pids = pd.arrays.IntegerArray(arrays["pid"].numpy().copy(), ~arrays["pid_known"].numpy())
+    return DataFrame({"image_id": arrays["image_id"].numpy().copy(), "path": pd.array(paths, "str"), "pid": pids})
+
+
+def _format_1(arrays: Mapping[str, Tensor], path: Path) -> DataFrame:
+    """The rows in the Parquet file beside a part of format 1, which may have no checksum: all of it is checked.
+
+    A column of another dtype than was written is refused, since converting it may lose something.
+    """
+    from pyarrow import parquet, types
+
+    file = path.with_suffix(".parquet")
+    table = parquet.read_table(file, columns=["image_id", "path", "pid"])
+    for name, kind in zip(table.column_names, table.schema.types, strict=True):
+        if not (types.is_string(kind) or types.is_large_string(kind) if name == "path" else types.is_integer(kind)):
+            raise TypeError(f"column {name} of {file.name} is {kind}")
+    photos = table.replace_schema_metadata(None).to_pandas()
+    photos = photos.astype({"image_id": np.int64, "path": "str", "pid": "Int64"})
+    ids = arrays["image_id"]
+    if ids.dtype != torch.int64 or not np.array_equal(ids.numpy(), photos.image_id) or photos.path.isna().any():
+        raise ValueError(f"{file.name} names other photos")
+    check_unit(arrays["features"].numpy(), list(photos.path), "the part is damaged")
+    return photos

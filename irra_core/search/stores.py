@@ -1,0 +1,71 @@
+"""What `Gallery.build` or `load` was asked for → the store of its features: memory, a folder or Milvus.
+
+Each engine is imported when it is asked for.
+"""
+
+import hashlib
+from pathlib import Path
+
+from irra_core.batches import Team
+from irra_core.evaluation import encode_texts
+from irra_core.settings import unknown
+
+INDEXES = ("exact", "hnsw")
+
+
+def open_store(model, index: str, url: str | None, folder: str | Path | None, team: Team):
+    """The store of the photos that are there already, or an empty one. Raises ValueError for a senseless request."""
+    from irra_core.search.folder import open_or_begin
+    from irra_core.search.milvus import Milvus, is_milvus
+    from irra_core.search.nearest import Memory
+
+    check_index(index)
+    if url and (folder or not is_milvus(url)):
+        raise ValueError(f"url is {url!r} and folder {folder!r}: accepted is one, url a path ending in .db or http://…")
+    if team.processes > 1 and not (folder or url):
+        raise ValueError(f"processes is {team.processes}, but their shares would meet nowhere: give a folder or a url")
+    if url:
+        return Milvus(url, feature_width(model), index, model_fingerprint(model))
+    return open_or_begin(Path(folder), model, index, team) if folder else Memory(feature_width(model), index)
+
+
+def load_store(place: str | Path, model, index: str | None):
+    """The store in a folder or behind a url of Milvus; `index` replaces the one that it had."""
+    from irra_core.search.folder import load_folder
+    from irra_core.search.milvus import Milvus, is_milvus
+
+    if is_milvus(place):
+        return Milvus(str(place), feature_width(model), index, model_fingerprint(model))
+    return load_folder(Path(place), model, index)
+
+
+def save_store(store, model, folder: Path) -> None:
+    """Write a store to a folder, unless it is kept in Milvus."""
+    from irra_core.search.folder import save_folder
+
+    if url := getattr(store, "url", None):
+        raise ValueError(f"the gallery is kept in {url}: Gallery.load(url, model) opens it")
+    save_folder(folder, model, store)
+
+
+def check_index(index: str) -> str:
+    """The index. Raises ValueError for an unknown one."""
+    if index not in INDEXES:
+        raise unknown("index", index, INDEXES)
+    return index
+
+
+def feature_width(model) -> int:
+    """The width of the model's features, from encoding a sentence."""
+    return encode_texts(model, ["a person"]).shape[1]
+
+
+def model_fingerprint(model) -> str:
+    """32 hex digits that change with the weights of the two encoders or the size of the photos."""
+    digest = hashlib.blake2b(str(tuple(model.image_size)).encode(), digest_size=16)
+    state = getattr(model, "clip", model).state_dict()  # the interaction encoder makes no features
+    for name in sorted(state):
+        values = state[name].detach().float().cpu().contiguous()
+        digest.update(f"{name} {tuple(values.shape)}".encode())
+        digest.update(values.reshape(-1).numpy())
+    return digest.hexdigest()

@@ -2,6 +2,9 @@
 
 import functools
 import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from irra_core.images import UnreadableImages, decoded_array
 from irra_core.recipes import Recipe
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's training images, red, green, blue of 0..1
@@ -62,6 +66,18 @@ def _mean_and_scale(device: torch.device) -> tuple[Float[Tensor, "3 1 1"], Float
     with torch.inference_mode(False):
         mean, std = (torch.tensor(numbers, dtype=torch.float64)[:, None, None] * 255 for numbers in (MEAN, STD))
         return mean.float().to(device), (1 / std).float().to(device)
+
+
+def load_images(paths: Iterable[str | Path], recipe: Recipe) -> Float[Tensor, "n 3 h w"]:
+    """The images at `paths` in the recipe's size, normalised, without augmentation and without the cache.
+
+    Raises UnreadableImages, naming every file.
+    """
+    files = [os.fspath(path) for path in paths]
+    pixels, unreadable = decoded_array(files, recipe.image_height, recipe.image_width)
+    if unreadable:
+        raise UnreadableImages(unreadable)
+    return normalise(torch.from_numpy(pixels))
 
 
 def draw_augmentation(n: int, recipe: Recipe, generator: torch.Generator) -> Augmentation:

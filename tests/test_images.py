@@ -1,15 +1,19 @@
 """Decoding against torchvision, the array's completeness under kills and races, augmentation against torchvision."""
 
 import errno
+import hashlib
 import json
 import multiprocessing
 import os
 import resource
+import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from pandas import DataFrame
@@ -19,16 +23,20 @@ from torchvision.transforms import functional
 
 from irra_core import images as module
 from irra_core.analysis.checks import check_annotations
-from irra_core.augmentation import MEAN, STD, augment, draw_augmentation, normalise
+from irra_core.annotations import hold_out
+from irra_core.augmentation import MEAN, STD, augment, draw_augmentation, load_images, normalise
 from irra_core.images import (
     UnreadableImages,
+    decode_images,
+    forget,
     image_array,
     leave_out_unreadable,
-    load_images,
+    left_out,
     open_annotations,
     open_photo,
 )
 from irra_core.recipes import recipe as make_recipe
+from irra_core.runs import data_digest
 from irra_core.settings import cache_root
 
 HEIGHT, WIDTH = 24, 8
@@ -37,7 +45,13 @@ HEIGHT, WIDTH = 24, 8
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("IRRA_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "images"
+    yield tmp_path / "cache" / "images"
+    forget()
+
+
+def kept(cache: Path) -> list[str]:
+    """The kinds of files in the cache, without the locks, which stay."""
+    return sorted(path.suffix for path in cache.iterdir() if path.suffix != ".lock")
 
 
 @pytest.fixture
@@ -253,15 +267,25 @@ def test_a_path_with_a_nul_is_an_unusable_file(tmp_path):
         image_array([*photos(tmp_path), "a\0b.png"], HEIGHT, WIDTH)
 
 
-def test_all_unusable_files_are_listed_at_once_and_no_array_is_left_behind(tmp_path, cache):
+def digest_of(paths: list[str], height: int = HEIGHT, width: int = WIDTH) -> str:
+    """The digest that runs are named by: of each file's digest, the array's shape and version 2."""
+    files = b"".join(hashlib.sha256(Path(path).read_bytes()).digest() for path in paths)
+    return hashlib.sha256(f"2 {(len(paths), 3, height, width)}".encode() + files).hexdigest()
+
+
+def test_all_unusable_files_are_listed_at_once_and_the_array_of_the_others_is_kept(tmp_path, cache, monkeypatch):
     paths = photos(tmp_path, 40)
-    broken = paths[3], paths[17]
+    broken, sound = [paths[3], paths[17]], [path for path in paths if path not in (paths[3], paths[17])]
     for path in broken:
         truncated(Path(path))
     with pytest.raises(UnreadableImages, match="2 images") as error:
         image_array(paths, HEIGHT, WIDTH)
-    assert tuple(error.value.files) == broken
-    assert [path.suffix for path in cache.iterdir()] == [".unreadable"]  # their names alone
+    assert list(error.value.files) == broken
+    assert kept(cache) == [".json", ".json", ".npy"]
+    monkeypatch.setattr(module, "_decode", None)  # a second decoding would fail
+    found = image_array(sound, HEIGHT, WIDTH)
+    assert np.array_equal(found.pixels, [resized(Image.open(path)) for path in sound])
+    assert found.digest == digest_of(sound)
 
 
 def test_an_absent_and_a_broken_file_are_listed_at_once_in_their_order(tmp_path, cache):
@@ -271,7 +295,29 @@ def test_an_absent_and_a_broken_file_are_listed_at_once_in_their_order(tmp_path,
     with pytest.raises(UnreadableImages, match="2 images") as error:
         image_array(paths, HEIGHT, WIDTH)
     assert list(error.value.files) == [paths[3], paths[9]]
-    assert [path.suffix for path in cache.iterdir()] == [".unreadable"]
+
+
+def test_files_of_which_none_can_be_read_leave_nothing_behind(tmp_path, cache):
+    paths = [str(tmp_path / "absent.png"), str(tmp_path / "broken.png")]
+    truncated(Path(paths[1]))
+    with pytest.raises(UnreadableImages, match="2 images") as error:
+        image_array(paths, HEIGHT, WIDTH)
+    assert list(error.value.files) == paths
+    assert kept(cache) == []
+
+
+def test_photos_that_change_while_others_cannot_be_read_make_no_array(tmp_path, cache, monkeypatch):
+    paths, decode = photos(tmp_path), module._decode
+    os.remove(paths[3])
+
+    def meanwhile(file, *size):
+        smooth(99).save(paths[0])  # as a copy that is still under way
+        return decode(file, *size)
+
+    monkeypatch.setattr(module, "_decode", meanwhile)
+    with pytest.raises(RuntimeError, match="changed while they were decoded"):
+        image_array(paths, HEIGHT, WIDTH)
+    assert kept(cache) == []
 
 
 def of_people(paths: list[str]) -> DataFrame:
@@ -299,12 +345,25 @@ def test_an_absent_and_a_broken_photo_of_300_are_left_out_together(tmp_path):
     paths = three_hundred(tmp_path, [7], [9])
     small = make_recipe("cuhk", image_height=16, image_width=16)
     with pytest.warns(UserWarning, match="left out with their 4 captions: 2 images"):
-        kept = leave_out_unreadable(of_people(paths), small)
+        table = leave_out_unreadable(of_people(paths), small)
     expected = [path for place, path in enumerate(paths) if place not in (7, 9)]
-    assert kept.path.drop_duplicates().tolist() == expected
-    assert sorted(set(kept.image_id)) == list(range(298))
-    assert [row["path"] for row in kept.attrs["unreadable"]] == [paths[7], paths[9]]
-    assert image_array(kept.path.drop_duplicates(), 16, 16).pixels.shape == (298, 3, 16, 16)
+    assert table.path.drop_duplicates().tolist() == expected
+    assert sorted(set(table.image_id)) == list(range(298))
+    assert left_out(table).path.tolist() == [paths[7], paths[9]]
+    assert "No such file" in left_out(table).reason[0]
+    assert image_array(table.path.drop_duplicates(), 16, 16).pixels.shape == (298, 3, 16, 16)
+
+
+def test_a_table_keeps_what_was_left_out_of_it_through_parquet_and_selections(tmp_path):
+    paths = three_hundred(tmp_path, [7], [9])
+    small = make_recipe("cuhk", image_height=16, image_width=16)
+    with pytest.warns(UserWarning, match="2 images"):
+        table = leave_out_unreadable(of_people(paths), small)
+    assert left_out(of_people(paths)).empty
+    table.to_parquet(tmp_path / "table.parquet")
+    read = pd.read_parquet(tmp_path / "table.parquet")
+    for later in (read, table[table.split == "test"], hold_out(table), table.assign(split="train")):
+        assert left_out(later).equals(left_out(table))
 
 
 def test_of_the_photos_that_could_not_be_decoded_those_alone_are_tried_again(tmp_path, monkeypatch):
@@ -321,17 +380,20 @@ def test_of_the_photos_that_could_not_be_decoded_those_alone_are_tried_again(tmp
     with pytest.warns(UserWarning, match="2 images"):
         first = leave_out_unreadable(of_people(paths), small)
     image_array(first.path.drop_duplicates(), 16, 16)  # as a run does
-    tried, decode = [], module._decode
-    monkeypatch.setattr(module, "_decode", lambda file, pixels: tried.append(file) or decode(file, pixels))
-    with pytest.warns(UserWarning, match="2 images"):
-        assert leave_out_unreadable(of_people(paths), small).equals(first)
+    tried, read = [], module.read_photo
+    forget()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_decode", None)  # decoding all of them again would fail
+        patch.setattr(module, "read_photo", lambda file: tried.append(file) or read(file))
+        with pytest.warns(UserWarning, match="2 images"):
+            assert leave_out_unreadable(of_people(paths), small).equals(first)
+        image_array(first.path.drop_duplicates(), 16, 16)
     assert tried == list(whole)
     write(paths[9], whole[paths[9]])
     with pytest.warns(UserWarning, match="1 image"):
         leave_out_unreadable(of_people(paths), small)
     write(paths[30], whole[paths[30]])
     assert leave_out_unreadable(of_people(paths), small).path.tolist() == of_people(paths).path.tolist()
-    assert not list((cache_root() / "images").glob("*.unreadable"))
 
 
 def test_a_photo_that_breaks_after_another_is_left_out_with_it(tmp_path):
@@ -342,9 +404,10 @@ def test_a_photo_that_breaks_after_another_is_left_out_with_it(tmp_path):
     found = os.stat(paths[30])
     Path(paths[30]).write_bytes(bytes(found.st_size))
     os.utime(paths[30], ns=(found.st_atime_ns, found.st_mtime_ns))  # as a disk breaks: for the cache the same file
+    (next((cache_root() / "images").glob("*.npy"))).unlink()  # so that they are decoded again
     with pytest.warns(UserWarning, match="2 images"):
-        kept = leave_out_unreadable(of_people(paths), small)
-    assert image_array(kept.path.drop_duplicates(), 16, 16).pixels.shape == (298, 3, 16, 16)
+        table = leave_out_unreadable(of_people(paths), small)
+    assert image_array(table.path.drop_duplicates(), 16, 16).pixels.shape == (298, 3, 16, 16)
 
 
 @pytest.mark.parametrize("content", ["null", "5", '"ab"', "[1]", '["elsewhere.png"]', "[", "link"])
@@ -354,19 +417,21 @@ def test_a_list_of_unreadable_photos_that_is_none_of_ours_is_not_believed(tmp_pa
     Path(paths[2]).write_bytes(bytes(len(whole)))
     with pytest.raises(UnreadableImages, match="1 image"):
         image_array(paths, HEIGHT, WIDTH)
-    (listed,) = cache.glob("*.unreadable")
+    (listed,) = (path for path in cache.glob("*.json") if json.loads(path.read_text())["unreadable"])
+    about = json.loads(listed.read_text())
+    precious = tmp_path / "precious.txt"
+    precious.write_text("[]")
+    listed.unlink()
     if content == "link":
-        precious = tmp_path / "precious.txt"
-        precious.write_text("[]")
-        listed.unlink()
         listed.symlink_to(precious)
     else:
-        listed.write_text(content)
+        inside = json.dumps(about).replace(json.dumps(about["unreadable"]), content)
+        listed.write_text(content if content == "null" else inside)
     with pytest.raises(UnreadableImages, match="1 image") as error:
         image_array(paths, HEIGHT, WIDTH)
     assert list(error.value.files) == [paths[2]]
-    assert json.loads(listed.read_text()) == [paths[2]]
-    assert content != "link" or precious.read_text() == "[]"
+    assert json.loads(listed.read_text()) == about
+    assert precious.read_text() == "[]"
 
 
 def test_absent_and_broken_photos_of_which_each_alone_would_be_few_are_too_many_together(tmp_path):
@@ -412,9 +477,67 @@ def test_the_array_is_made_once(tmp_path, monkeypatch):
     paths = photos(tmp_path)
     first = image_array(paths, HEIGHT, WIDTH)
     monkeypatch.setattr(module, "_decode", None)  # a second decoding would fail
+    forget()
     second = image_array(paths, HEIGHT, WIDTH)
     assert np.array_equal(first.pixels, second.pixels)
     assert first.digest == second.digest
+
+
+def own_data(folder: Path, count: int) -> str:
+    """An annotation file of some photos, one caption each."""
+    photos(folder, count)
+    splits = ["train", "train", "train", "val", "val", "test", "test"]
+    records = [
+        {"id": number % 7, "captions": ["a man"], "file_path": f"{number}.png", "split": splits[number % 7]}
+        for number in range(count)
+    ]
+    (folder / "own.json").write_text(json.dumps(records))
+    return str(folder / "own.json")
+
+
+def test_a_process_opens_the_array_once_and_looks_at_each_photo_once(tmp_path, cache, monkeypatch):
+    """What a notebook does: it opens the table, names the run by the data's digest, and trains on the array."""
+    own = make_recipe(own_data(tmp_path, 28), image_height=32, image_width=16)
+    open_annotations(own)  # an earlier process decodes
+    forget()
+    stats, opened = Counter(), []
+    real_stat, real_load = os.stat, np.load
+
+    def counted(path, *args, **named):
+        stats[str(path)] += 1
+        return real_stat(path, *args, **named)
+
+    monkeypatch.setattr(module.os, "stat", counted)
+    monkeypatch.setattr(module.np, "load", lambda *args, **named: opened.append(args) or real_load(*args, **named))
+    open_annotations(own, leave_out=False)
+    before = stats.copy()  # looks at some of the photos to find their folder
+    table = open_annotations(own)
+    digests = {data_digest(table, own) for _ in range(2)}
+    array = image_array(list(table.path), 32, 16)
+    assert len(digests) == len(opened) == 1
+    looked = {path: stats[path] - 2 * before[path] for path in table.path}
+    assert looked == dict.fromkeys(table.path, 1)
+    assert array.digest == digest_of(list(table.path), 32, 16)
+
+
+def test_a_process_sees_photos_as_they_were_until_it_forgets(tmp_path):
+    paths = photos(tmp_path)
+    first = image_array(paths, HEIGHT, WIDTH)
+    smooth(99).save(paths[0])
+    assert image_array(paths, HEIGHT, WIDTH) is first
+    forget()
+    assert np.array_equal(image_array(paths, HEIGHT, WIDTH).pixels[0], resized(smooth(99)))
+
+
+def test_a_process_keeps_few_arrays_open_and_none_of_another_cache_folder(tmp_path, monkeypatch):
+    sets = [photos(tmp_path / str(number), 2) for number in range(module.REMEMBERED + 3)]
+    arrays = [image_array(paths, HEIGHT, WIDTH) for paths in sets]
+    assert len(module._opened) == module.REMEMBERED
+    assert image_array(sets[-1], HEIGHT, WIDTH) is arrays[-1]
+    assert image_array(sets[0], HEIGHT, WIDTH) is not arrays[0]
+    monkeypatch.setenv("IRRA_CACHE", str(tmp_path / "another"))
+    image_array(sets[-1], HEIGHT, WIDTH)
+    assert kept(tmp_path / "another" / "images") == [".json", ".npy"]
 
 
 def test_the_array_cannot_be_written_to(tmp_path):
@@ -447,6 +570,7 @@ def test_another_array_is_made_when_the_files_change(tmp_path, change):
         size = (WIDTH, HEIGHT)
     else:
         paths = photos(tmp_path / "two")
+    forget()
     expected = [resized(Image.open(path), *size) for path in paths]
     assert np.array_equal(image_array(paths, *size).pixels, expected)
     assert len(list((cache_root() / "images").glob("*.npy"))) == 2
@@ -458,21 +582,48 @@ def test_the_digest_depends_on_the_files_contents_their_order_and_the_size(tmp_p
     assert image_array(two, HEIGHT, WIDTH).digest == digest
     assert image_array(one[::-1], HEIGHT, WIDTH).digest != digest
     assert image_array(one, WIDTH, HEIGHT).digest != digest
+    assert digest == digest_of(one)
     smooth(99).save(two[4])
+    forget()
     assert image_array(two, HEIGHT, WIDTH).digest != digest
 
 
 def test_images_keep_their_order_whichever_thread_decodes_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "GROUP", 2)
-    paths = photos(tmp_path, 23)
+    monkeypatch.setattr(module, "AHEAD", 2)
+    monkeypatch.setattr(module, "cores", lambda: 3)
+    paths, decode = photos(tmp_path, 23), module._decode
+
+    def slow(file, *size):
+        time.sleep(0.01 * (int(Path(file).stem) % 3 == 0))  # so that later ones are ready first
+        return decode(file, *size)
+
+    monkeypatch.setattr(module, "_decode", slow)
     assert np.array_equal(image_array(paths, HEIGHT, WIDTH).pixels, [resized(Image.open(path)) for path in paths])
+
+
+def test_photos_are_decoded_in_as_many_threads_as_there_are_cores_and_not_far_ahead(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "AHEAD", 2)
+    monkeypatch.setattr(module, "cores", lambda: 3)
+    paths, decode, begun, all_three = photos(tmp_path, 30), module._decode, [], threading.Barrier(3)
+
+    def together(file, *size):
+        begun.append(file)
+        if len(begun) <= 3:
+            all_three.wait(20)  # fails with fewer than three threads
+        return decode(file, *size)
+
+    monkeypatch.setattr(module, "_decode", together)
+    decoded = decode_images(paths, HEIGHT, WIDTH)
+    assert np.array_equal(next(decoded)[0], resized(Image.open(paths[0])))
+    decoded.close()
+    assert set(begun) <= set(paths[:6])
 
 
 @pytest.mark.parametrize("damage", ["short", "empty", "no digest", "torn digest", "other shape"])
 def test_a_damaged_array_is_made_again(tmp_path, cache, damage):
     paths = photos(tmp_path)
     expected = image_array(paths, HEIGHT, WIDTH)
-    kept = np.array(expected.pixels)
+    before = np.array(expected.pixels)
     array, about = next(cache.glob("*.npy")), next(cache.glob("*.json"))
     if damage == "short":
         array.write_bytes(array.read_bytes()[:-1])
@@ -484,8 +635,9 @@ def test_a_damaged_array_is_made_again(tmp_path, cache, damage):
         about.write_text(about.read_text()[:10])
     else:
         np.save(array, np.zeros((2, 3, HEIGHT, WIDTH), np.uint8))
+    forget()
     again = image_array(paths, HEIGHT, WIDTH)
-    assert np.array_equal(again.pixels, kept)
+    assert np.array_equal(again.pixels, before)
     assert again.digest == expected.digest == json.loads(about.read_text())["digest"]
 
 
@@ -525,9 +677,9 @@ def test_a_killed_build_is_never_taken_for_complete_and_its_remains_go(tmp_path,
     (remains,) = cache.glob("*.partial")
     kill_a_build(paths)
     assert not remains.exists()  # though nobody asked for that array again
-    assert [path.suffix for path in cache.iterdir()] == [".partial"]
+    assert kept(cache) == [".partial"]
     assert np.array_equal(image_array(paths, HEIGHT, WIDTH).pixels, [resized(Image.open(path)) for path in paths])
-    assert sorted(path.suffix for path in cache.iterdir()) == [".json", ".npy"]
+    assert kept(cache) == [".json", ".npy"]
 
 
 def test_a_living_build_is_left_alone_by_others_and_waited_for_by_its_like(tmp_path, cache, monkeypatch):
@@ -548,7 +700,7 @@ def test_many_builds_at_once_give_one_whole_array(tmp_path, cache):
         arrays = list(pool.map(lambda _: image_array(paths, HEIGHT, WIDTH), range(8)))
     assert len({array.digest for array in arrays}) == 1
     assert all(np.array_equal(array.pixels, arrays[0].pixels) for array in arrays)
-    assert sorted(path.suffix for path in cache.iterdir()) == [".json", ".npy"]
+    assert kept(cache) == [".json", ".npy"]
 
 
 def test_a_build_that_took_over_from_a_killed_one_starts_from_nothing(tmp_path, cache):
@@ -557,35 +709,59 @@ def test_a_build_that_took_over_from_a_killed_one_starts_from_nothing(tmp_path, 
     array = next(cache.glob("*.npy"))
     array.unlink()
     array.with_suffix(".partial").write_bytes(b"remains" * 10_000)
+    forget()
     again = image_array(paths, HEIGHT, WIDTH)
     assert again.digest == expected.digest
     assert array.stat().st_size == np.load(array, mmap_mode="r").offset + expected.pixels.nbytes
 
 
-def test_no_array_is_written_through_a_link_in_its_place_or_beside_it(tmp_path, cache):
+@pytest.mark.parametrize("kind", [".partial", ".json", ".npy"])
+def test_nothing_is_written_through_a_link_in_the_place_of_a_file(tmp_path, cache, kind):
+    paths = photos(tmp_path)
+    pixels = np.array(image_array(paths, HEIGHT, WIDTH).pixels)
+    array = next(cache.glob("*.npy"))
+    target = tmp_path / "precious"
+    target.write_text("precious")
+    array.unlink()
+    array.with_suffix(kind).unlink(missing_ok=True)
+    array.with_suffix(kind).symlink_to(target)
+    forget()
+    assert np.array_equal(image_array(paths, HEIGHT, WIDTH).pixels, pixels)
+    assert kept(cache) == [".json", ".npy"]
+    assert not any(path.is_symlink() for path in cache.iterdir())
+    assert target.read_text() == "precious"
+
+
+def test_a_link_in_the_place_of_a_lock_is_named_and_not_followed(tmp_path, cache):
     paths, others = photos(tmp_path / "one"), photos(tmp_path / "two")
     image_array(paths, HEIGHT, WIDTH)
     array = next(cache.glob("*.npy"))
-    array.unlink()
     target = tmp_path / "precious"
     target.write_text("precious")
-    array.with_suffix(".partial").symlink_to(target)
-    with pytest.raises(OSError, match=rf"cannot be made in {cache} .*delete {array.stem}\.partial there") as error:
+    array.unlink()
+    array.with_suffix(".partial").write_text("abandoned")
+    array.with_suffix(".lock").unlink()
+    array.with_suffix(".lock").symlink_to(target)
+    forget()
+    with pytest.raises(OSError, match=rf"cannot be made in {cache} .*delete {array.stem}\.lock there") as error:
         image_array(paths, HEIGHT, WIDTH)
     assert error.value.errno == errno.ELOOP
     assert image_array(others, HEIGHT, WIDTH).pixels.shape == (5, 3, HEIGHT, WIDTH)
-    assert array.with_suffix(".partial").is_symlink()
+    assert array.with_suffix(".lock").is_symlink()
     assert target.read_text() == "precious"
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
 def test_a_file_system_without_locks_is_named_with_the_way_out(tmp_path, cache, monkeypatch, number):
+    fcntl = pytest.importorskip("fcntl")  # what filelock calls here
+
     def flock(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(module.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(OSError, match=rf"cannot be made in {cache} .*no locks: set IRRA_CACHE to .* local disk"):
         image_array(photos(tmp_path), HEIGHT, WIDTH)
+    assert kept(cache) == []
 
 
 def test_a_full_disk_is_named_before_anything_is_decoded(tmp_path, cache, monkeypatch):
@@ -594,7 +770,7 @@ def test_a_full_disk_is_named_before_anything_is_decoded(tmp_path, cache, monkey
     monkeypatch.setattr(module, "_decode", None)
     with pytest.raises(OSError, match=r"2,880 bytes cannot be made in .*No space left.*IRRA_CACHE"):
         image_array(paths, HEIGHT, WIDTH)
-    assert list(cache.iterdir()) == []
+    assert kept(cache) == []
 
 
 def test_a_disk_that_fills_while_the_array_is_written_is_named_and_cleared(tmp_path, cache, monkeypatch):
@@ -606,7 +782,7 @@ def test_a_disk_that_fills_while_the_array_is_written_is_named_and_cleared(tmp_p
     with pytest.raises(OSError, match=r"cannot be made in .*No space left.*IRRA_CACHE") as error:
         image_array(photos(tmp_path), HEIGHT, WIDTH)
     assert error.value.errno == errno.ENOSPC
-    assert list(cache.iterdir()) == []
+    assert kept(cache) == []
 
 
 def test_a_write_that_is_cut_short_is_named_and_cleared(tmp_path, cache):
@@ -619,7 +795,7 @@ def test_a_write_that_is_cut_short_is_named_and_cleared(tmp_path, cache):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert error.value.errno == errno.EFBIG
-    assert list(cache.iterdir()) == []
+    assert kept(cache) == []
 
 
 def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
@@ -633,6 +809,7 @@ def test_a_finished_array_is_found_in_a_read_only_folder(tmp_path, cache):
     paths = photos(tmp_path)
     image_array(paths, HEIGHT, WIDTH)
     before = {path: path.stat().st_mtime_ns for path in (cache, *cache.iterdir())}
+    forget()
     image_array(paths, HEIGHT, WIDTH)
     assert {path: path.stat().st_mtime_ns for path in (cache, *cache.iterdir())} == before
 
@@ -657,9 +834,11 @@ def test_progress_counts_every_image(tmp_path):
 
 def test_no_file_stays_open(tmp_path):
     image_array(photos(tmp_path / "first"), HEIGHT, WIDTH)
+    forget()
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     for number in range(5):
         image_array(photos(tmp_path / str(number)), HEIGHT, WIDTH)
+    forget()
     after = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     assert after == before
 

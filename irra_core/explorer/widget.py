@@ -20,7 +20,8 @@ from pandas import DataFrame
 
 from irra_core.analysis import plots
 from irra_core.analysis.explanations import explain, fill_masks
-from irra_core.images import UnreadableImages, load_images, open_photo
+from irra_core.augmentation import load_images
+from irra_core.images import UnreadableImages, open_photo
 from irra_core.metrics import query_metrics
 from irra_core.recipes import recipe
 from irra_core.runs import write_text

@@ -15,7 +15,7 @@ from irra_core.analysis.explanations import (
     word_evidence,
 )
 from irra_core.annotations import load_annotations
-from irra_core.images import load_images
+from irra_core.augmentation import load_images
 from irra_core.model import IRRA, build_model
 from irra_core.recipes import recipe
 from irra_core.synthetic.people import attributes, make_synthetic

@@ -1,6 +1,5 @@
 """Tidy tables → matplotlib axes (`ax=` in, `ax` out, as seaborn does)."""
 
-import html
 import math
 import re
 import textwrap
@@ -12,6 +11,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from jaxtyping import Float
+from jinja2 import Template
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator
@@ -21,12 +21,18 @@ from PIL import Image
 from irra_core.images import open_photo
 from irra_core.recipes import LOSS_NAMES
 
-# Okabe & Ito's colours, which colour-blind people tell apart; green and vermilion are kept for right and wrong.
+# The colours of Okabe & Ito, safe for colour-blind readers; green and vermilion are reserved for right and wrong.
 PALETTE = ("#0072B2", "#E69F00", "#CC79A7", "#56B4E9", "#5B5B5B", "#F0E442")
 RIGHT, WRONG = "#009E73", "#D55E00"
 INK, QUIET, FAINT = "#222222", "#6B6B6B", "#E4E4E4"
-WIDTH = 11.0  # inches: a notebook's column at JupyterLab's default zoom
-LETTER = 0.0072  # inches: mean width of a letter of DejaVu Sans, a point of its size
+WIDTH = 11.0  # inches: the column of a notebook at JupyterLab's default zoom
+LETTER = 0.0072  # inches: mean width of a letter of DejaVu Sans, per point of its size
+MASKED_CAPTION = """\
+<p style='line-height:2.2;margin:0'>
+{%- for word, answer in pairs %}
+{%- if answer %}<ruby style='background:{{ background }};padding:0 .25em;border-radius:.2em'>{{ word -}}
+<rt style='color:{{ blue }};font-size:.8em'>{{ answer }}</rt></ruby>
+{%- else %}{{ word }}{% endif %}{{ " " if not loop.last }}{% endfor %}</p>"""
 
 
 def people(annotations: DataFrame, *, n: int = 6, views: int = 2, seed: int = 0, ax: Axes | None = None) -> Axes:
@@ -54,9 +60,9 @@ def people(annotations: DataFrame, *, n: int = 6, views: int = 2, seed: int = 0,
 
 
 def ranking(results: DataFrame, *, truth: str | Path | None = None, columns: int = 10, ax: Axes | None = None) -> Axes:
-    """Axes with one query's ranking: its words, the photo they were written for, and the photos found, best first.
+    """Axes with one query's ranking: its text, the photo that it describes, and the ranked photos, best first.
 
-    results: one query's rows of `Gallery.search`: columns `query, rank, score, path`; where there is a column `right`
+    results: one query's rows of `Gallery.search`: columns `query, rank, score, path`; with a column `right`
     (bool), photos are framed green and ticked, or red and crossed; a column `pid` is written below. `truth` is the
     path of the query's own photo. Without `ax` a new figure of notebook width is made. Raises ValueError for a table
     of several queries.
@@ -99,10 +105,10 @@ def _draw_result(ax: Axes, row, x: float, y: float, tall: float) -> None:
 def attention(
     photo: str | Path | Image.Image, weights: Float[np.ndarray, "rows cols"], *, word: str = "", ax: Axes | None = None
 ) -> Axes:
-    """Axes with a photo that is lit where the word looks: bright at the largest of the weights, dim at zero.
+    """Axes with a photo lit by the attention of a word: bright at the largest weight, dim at zero.
 
-    weights: any non-negative numbers on a grid over the photo, as one word's `IRRA.attention`; they are drawn
-    relative to the largest, so two pictures compare in place, not in strength.
+    weights: any non-negative numbers on a grid over the photo, as one word's `IRRA.attention`. They are drawn
+    relative to the largest: two pictures compare where a word attends, not how strongly.
     """
     ax = plt.gca() if ax is None else ax
     grey = np.asarray(_photo(photo).convert("L"), dtype=np.float32) / 255
@@ -119,9 +125,9 @@ def attention(
 def loss_curves(
     history: DataFrame, *, x: str = "step", parts: Sequence[str] | None = None, ax: Axes | None = None
 ) -> Axes:
-    """Axes with one line a part of the loss over training.
+    """Axes with one line per part of the loss over training.
 
-    history: a row an evaluation, with a column a part in nats (`parts`, else every loss name that is a column).
+    history: one row per evaluation, one column per part in nats (`parts`, else every loss name that is a column).
     """
     ax = plt.gca() if ax is None else ax
     parts = [name for name in LOSS_NAMES if name in history] if parts is None else list(parts)
@@ -136,9 +142,9 @@ def loss_curves(
 def metric_curve(
     history: DataFrame, *, metric: str = "R1", x: str = "step", hue: str | None = None, ax: Axes | None = None
 ) -> Axes:
-    """Axes with a metric in per cent over training, one line a value of `hue`.
+    """Axes with a metric in per cent over training, one line per value of `hue`.
 
-    history: columns `x` and `metric`; where `metric`_low and `metric`_high are columns, the interval is shaded.
+    history: columns `x` and `metric`; with `metric`_low and `metric`_high, the interval is shaded.
     """
     ax = plt.gca() if ax is None else ax
     runs = [(None, history)] if hue is None else list(history.groupby(hue, sort=False))
@@ -163,11 +169,11 @@ def interval_dots(
     references: Mapping[str, float] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Axes with one dot a row and its 95 % interval, the largest on top; with `hue`, a colour a value of it.
+    """Axes with one dot per row and its 95 % interval, the largest on top; with `hue`, one colour per value of it.
 
-    results: columns `by`, `metric`, `metric`_low and `metric`_high, in per cent; rows without an interval have a dot
-    alone. With `hue` the rows of one `by` stand on one line, each hue a little lower, and lines are ordered by the
-    first hue. `references` are named values in per cent, drawn as upright lines: chance, the ceiling, a published one.
+    results: columns `by`, `metric`, `metric`_low and `metric`_high, in per cent; rows without an interval are a
+    dot. With `hue`, the rows of one `by` share a line, each hue a little lower, and lines are ordered by the first
+    hue. `references` are named values in per cent, drawn as vertical lines: chance, the ceiling, a published score.
     """
     ax = plt.gca() if ax is None else ax
     parts = [(None, results)] if hue is None else list(results.groupby(hue, sort=False))
@@ -192,9 +198,9 @@ def interval_dots(
 
 
 def similarities(pairs: DataFrame, *, hue: str = "kind", ax: Axes | None = None) -> Axes:
-    """Axes with the distribution of cosine similarity, one outline a value of `hue`, each of the same area.
+    """Axes with the distribution of cosine similarity, one outline per value of `hue`, all of the same area.
 
-    pairs: columns `similarity` and `hue`, a row a pair of sentence and photo.
+    pairs: columns `similarity` and `hue`, one row per pair of sentence and photo.
     """
     ax = plt.gca() if ax is None else ax
     sns.histplot(pairs, x="similarity", hue=hue, palette=PALETTE[: pairs[hue].nunique()], stat="density", bins=60,
@@ -206,10 +212,10 @@ def similarities(pairs: DataFrame, *, hue: str = "kind", ax: Axes | None = None)
 
 
 def distribution(shares: Float[np.ndarray, "rows cols"], *, top: float | None = None, ax: Axes | None = None) -> Axes:
-    """Axes with a matrix whose rows are probabilities, dark where they are large; small matrices with their numbers.
+    """Axes with a matrix whose rows are probabilities: dark is large; small matrices show their numbers.
 
-    A number is written in per cent, and none where it rounds to 0. `top` is the share that is darkest (default: the
-    largest), so that two matrices can be compared.
+    Numbers are in per cent; those that round to 0 are omitted. `top` is the darkest share (default: the largest): set
+    it to compare two matrices.
     """
     ax = plt.gca() if ax is None else ax
     top = float(shares.max()) if top is None else top
@@ -228,8 +234,8 @@ def distribution(shares: Float[np.ndarray, "rows cols"], *, top: float | None = 
 def score_matrix(cells: DataFrame, *, metric: str = "R1", ax: Axes | None = None) -> Axes:
     """Axes with a heat map of a metric in per cent, 0 to 100, for each pair of training and test set, and its interval.
 
-    cells: a row a pair, columns `train, test`, `metric` and, where known, `metric`_low and `metric`_high. Data sets
-    stand in the order of their first appearance; a cell without a value is hatched and says "not run".
+    cells: one row per pair, columns `train, test`, `metric` and, optionally, `metric`_low and `metric`_high. Data sets
+    are in the order of their first appearance; a cell without a value is hatched and says "not run".
     """
     ax = plt.gca() if ax is None else ax
     rows, columns = list(cells["train"].unique()), list(cells["test"].unique())
@@ -259,10 +265,10 @@ def score_matrix(cells: DataFrame, *, metric: str = "R1", ax: Axes | None = None
 def gain_dots(
     results: DataFrame, *, metric: str = "R1", by: str = "variant", hue: str | None = None, ax: Axes | None = None
 ) -> Axes:
-    """Axes with what each row gains over the reference, in percentage points, and its 95 % interval; 0 is marked.
+    """Axes with the gain of each row over the reference, in percentage points, and its 95 % interval; 0 is marked.
 
-    results: columns `by`, `metric`_gain, `metric`_gain_low and `metric`_gain_high; rows keep their order, first on top,
-    and those of one name with different values of `hue` stand below each other. A row without numbers says "not run".
+    results: columns `by`, `metric`_gain, `metric`_gain_low and `metric`_gain_high; rows keep their order, first on top;
+    rows of one name with different values of `hue` are drawn below each other. A row without numbers says "not run".
     """
     ax = plt.gca() if ax is None else ax
     names = list(dict.fromkeys(results[by]))
@@ -286,9 +292,10 @@ def gain_dots(
 
 
 def speedups(results: DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Axes with how many times as fast each work is as what it is compared with, its target as a tick; 1 is marked.
+    """Axes with the speedup of each workload over its reference, and its target as a tick; 1 is marked.
 
-    results: columns `what, ratio, target`, in this order from top to bottom; a target may be NaN, and its bar is grey.
+    results: columns `what, ratio, target`, drawn in the order of the rows, first on top; without a target (NaN) the
+    bar is grey.
     """
     ax = plt.gca() if ax is None else ax
     reached = (results["ratio"] >= results["target"]).where(results["target"].notna())
@@ -314,9 +321,9 @@ def speedups(results: DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def time_parts(parts: DataFrame, *, hue: str | None = None, ax: Axes | None = None) -> Axes:
-    """Axes with the time of each part of a work in milliseconds, one bar a value of `hue`, its share written beside.
+    """Axes with the time of each part of a workload in milliseconds, one bar per value of `hue`, and its share.
 
-    parts: columns `part, seconds, share` (per cent) and `hue`, in this order from top to bottom.
+    parts: columns `part, seconds, share` (per cent) and `hue`, drawn in the order of the rows, first on top.
     """
     ax = plt.gca() if ax is None else ax
     names = list(dict.fromkeys(parts["part"]))
@@ -336,7 +343,7 @@ def time_parts(parts: DataFrame, *, hue: str | None = None, ax: Axes | None = No
 
 
 def caption_lengths(annotations: DataFrame, *, hue: str | None = "split", ax: Axes | None = None) -> Axes:
-    """Axes with how many words the captions have, as a share of each split's captions.
+    """Axes with the distribution of caption length in words, per split.
 
     annotations: columns `caption` and `hue`.
     """
@@ -353,13 +360,9 @@ def caption_lengths(annotations: DataFrame, *, hue: str | None = "split", ax: Ax
 
 
 def masked_caption(words: Sequence[str], answers: Sequence[str]) -> str:
-    """HTML of a caption as MLM reads it, with the word it must predict above each place ("" where there is none)."""
-    read = []
-    for word, answer in zip(words, answers, strict=True):
-        word, answer = html.escape(word), html.escape(answer)
-        box = f"<ruby style='background:{FAINT};padding:0 .25em;border-radius:.2em'>{word}"
-        read.append(f"{box}<rt style='color:{PALETTE[0]};font-size:.8em'>{answer}</rt></ruby>" if answer else word)
-    return f"<p style='line-height:2.2;margin:0'>{' '.join(read)}</p>"
+    """HTML of a caption as MLM reads it, with the word to predict above each mask; `answers` has "" for other words."""
+    pairs = list(zip(words, answers, strict=True))
+    return Template(MASKED_CAPTION, autoescape=True).render(pairs=pairs, background=FAINT, blue=PALETTE[0])
 
 
 def _picture_axes(ax: Axes | None, wide: float, bottom: float, top: float, words: float) -> Axes:
@@ -386,30 +389,30 @@ def _cell_height(paths: Iterable[str | Path]) -> float:
 
 
 def _draw_photo(ax: Axes, path: str | Path, x: float, y: float, tall: float, frame: str | None = None) -> None:
-    """Draw a photo as large as fits into the cell of width 1 whose lower left corner is (x, y)."""
+    """Draw a photo as large as fits into the cell of width 1 with its lower left corner at (x, y)."""
     photo = _photo(path)
     scale = min(1 / photo.width, tall / photo.height)
     wide, high = photo.width * scale, photo.height * scale
     left, bottom = x + (1 - wide) / 2, y + (tall - high) / 2
-    photo.thumbnail((256, 512))  # more than a figure shows, and small in the notebook's file
+    photo.thumbnail((256, 512))  # more than a figure resolves, and small in the notebook file
     ax.imshow(photo, extent=(left, left + wide, bottom, bottom + high))
     if frame is not None:
         ax.add_patch(Rectangle((left, bottom), wide, high, fill=False, edgecolor=frame, linewidth=3, joinstyle="miter"))
 
 
 def _write(ax: Axes, x: float, y: float, points: int, text: str, color: str = INK, **style) -> None:
-    """Write text so many points above (or, negative, below) a place; a $ is a dollar, not a formula."""
+    """Write text `points` above (negative: below) the point (x, y); a $ is a dollar, not a formula."""
     ax.annotate(text, (x, y), xytext=(0, points), textcoords="offset points", color=color, parse_math=False,
                 va="bottom" if points > 0 else "top", annotation_clip=False, **style)  # fmt: skip
 
 
 def _wrap(text: str, letters: int, most: int) -> str:
-    """The text in at most so many lines of so many letters; a longer one ends in an ellipsis."""
+    """The text in at most `most` lines of `letters` characters; a longer text ends in an ellipsis."""
     return "\n".join(textwrap.wrap(text, max(letters, 8), max_lines=most, placeholder=" …")) or " "
 
 
 def _inches(ax: Axes | None) -> float:
-    """The width that the layout leaves to the axes, or to those of a new figure."""
+    """The width of the axes within the layout, or of a new figure's axes."""
     if ax is None:
         return WIDTH
     place = ax.get_subplotspec()
@@ -418,24 +421,24 @@ def _inches(ax: Axes | None) -> float:
 
 
 def _marker(rows: DataFrame) -> str:
-    """Dots where they can be told apart."""
+    """The marker of a curve: dots if there are few points."""
     return "o" if len(rows) <= 20 else ""
 
 
 def _bars(rows: DataFrame, value: str) -> list[pd.Series]:
-    """How far the interval reaches to either side of the value; not at all where few values' mean lies beyond it."""
+    """The lengths of the error bars below and above the value; 0 if the value is outside its interval (few samples)."""
     lengths = [rows[value] - rows[f"{value}_low"], rows[f"{value}_high"] - rows[value]]
     return [length.clip(lower=0) for length in lengths]
 
 
 def _spoken(metric: str) -> str:
-    """A score as the field writes it: R1 is R@1, and val_R1 is R@1 on val."""
+    """The usual name of a score: R1 is R@1, val_R1 is R@1 on val."""
     split, name = re.fullmatch(r"(?:(train|val|test)_)?(.*)", metric).groups()
     return re.sub(r"^R(\d+)$", r"R@\1", name) + (f" on {split}" if split else "")
 
 
 def _finish(ax: Axes, grid: str) -> Axes:
-    """The same quiet frame for every chart; a $ in its words is a dollar, not a formula."""
+    """The axes in the style of all charts: two spines, a grid; a $ in a text is a dollar, not a formula."""
     legend = ax.get_legend()
     words = [*ax.texts, ax.title, ax.xaxis.label, ax.yaxis.label]
     words += [] if legend is None else [*legend.get_texts(), legend.get_title()]

@@ -1,18 +1,18 @@
 """Run folders and studies → one web page: leaderboard, published rows, learning curves, the studies' figures."""
 
 import base64
-import html
-import importlib.resources
+import functools
 import io
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+import jinja2
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -28,16 +28,18 @@ from irra_core.settings import reports_root, smoke
 from irra_core.studies import comparison, transfer
 
 HEADINGS = {"R1": "R@1 (%)", "R5": "R@5 (%)", "R10": "R@10 (%)", "mAP": "mAP (%)", "mINP": "mINP (%)"}
-LARGEST_FIGURE = 2**20  # bytes; a larger one is linked and not embedded, so that the page stays light
-LONGEST_TABLE = 12  # rows; a longer one waits until somebody unfolds it
+LARGEST_FIGURE = 2**20  # bytes; a larger one is linked and not embedded, which keeps the page small
+LONGEST_TABLE = 12  # rows; a longer one is folded
 MOST_ROWS = 40  # of a study's other tables; a longer one is linked
 EXECUTED = (".html", ".ipynb")
 
+Shown = dict[str, Any]  # a part of the page as the template takes it: texts, formatted here and escaped there
+
 
 class Entry(NamedTuple):
-    """One line of the leaderboard: the runs of one recipe on the same data, a seed each.
+    """One line of the leaderboard: the runs of one recipe on the same data, one per seed.
 
-    `cells` are the line's, as HTML, and `curves` its learning curves.
+    `line` is its row and `curves` the picture of its learning curves (None without a history), for the template.
     """
 
     dataset: str
@@ -46,15 +48,15 @@ class Entry(NamedTuple):
     recipe: Recipe
     scores: dict[str, Interval]
     example: bool
-    cells: dict[str, str]
-    curves: str
+    line: Shown
+    curves: Shown | None
 
 
 def write_report(root: str | Path | None = None) -> Path:
-    """The page `index.html` in the reports folder, made of every finished run and study below it; its path.
+    """The path of the page `index.html` in the reports folder, written from every finished run and study below it.
 
     It needs no other file and no network. With IRRA_SMOKE=1 the page of the shrunken runs is written in their folder;
-    without, they are left out. Committed examples are shown, and marked.
+    other pages leave those runs out. Committed examples are included, and marked.
     """
     base = reports_root(root) / ("smoke" if smoke() else "")
     base.mkdir(parents=True, exist_ok=True)
@@ -63,7 +65,7 @@ def write_report(root: str | Path | None = None) -> Path:
 
 
 def page(base: Path) -> str:
-    """The whole page as text."""
+    """The HTML of the page for the reports folder `base`."""
     table = runs.collect(base)
     left_out = dict(table.attrs["broken"])
     shown = entries(table, base, left_out)
@@ -74,33 +76,39 @@ def page(base: Path) -> str:
     for folder in folders:
         with _or_left_out([folder], left_out):
             studies.append(_study(folder, base))
-    notebooks = _other_notebooks(base, [folder for entry in shown for folder in entry.folders] + folders)
-    sections = [(f"data-{name}", name, _dataset(name, [e for e in shown if e.dataset == name])) for name in names]
-    sections += [("studies", "Studies", "".join(studies))] if studies else []
-    sections += [("notebooks", "Executed notebooks", notebooks)] if notebooks else []
-    sections += [("broken", "Left out", _broken(left_out))] if left_out else []
-    sections += [(f"data-{name}", name, _dataset(name, [])) for name in only]
-    count = sum(len(entry.folders) for entry in shown)
-    style = importlib.resources.files("irra_core.studies").joinpath("report.css").read_text(encoding="utf-8")
-    links = "".join(f'<a href="#{_text(anchor)}">{_text(title)}</a>' for anchor, title, _ in sections)
-    body = "".join(f'<section id="{_text(a)}"><h2>{_text(t)}</h2>{content}</section>' for a, t, content in sections)
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>irra-core: results</title><style>{style}</style></head><body><main>
-<h1>Results</h1>
-<p>{_count(count, "finished run")} and {_count(len(studies), "study", "studies")}. Scores are on test, text to image, in
-per cent; below each its 95&nbsp;% interval, from resampling people and, where there are several, seeds. Two rows whose
-intervals overlap may still differ: the studies compare in pairs. Published scores come without intervals.</p>
-<nav>{links}</nav>{body}
-<footer>Written by <code>make report</code>. Rendered people stand in for photos that cannot be handed on: their scores
-show that the method works, not how well it does on real people.</footer>
-</main></body></html>
-"""
+    runs_shown = sum(len(entry.folders) for entry in shown)
+    return _template().render(
+        count={"runs": _count(runs_shown, "finished run"), "studies": _count(len(studies), "study", "studies")},
+        datasets=[_dataset(name, [entry for entry in shown if entry.dataset == name]) for name in names],
+        studies=studies,
+        notebooks=_other_notebooks(base, [folder for entry in shown for folder in entry.folders] + folders),
+        left_out=[reason if path in reason else f"{path}: {reason}" for path, reason in left_out.items()],
+        only_published=[_dataset(name, []) for name in only],
+        headings=list(HEADINGS.values()),
+        longest_table=LONGEST_TABLE,
+        blue=plots.PALETTE[0],
+        quiet=plots.QUIET,
+        faint=plots.FAINT,
+    )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    """The page's template; a value that it misses is an error, not an empty text."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("irra_core.studies", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("report.html.jinja")
 
 
 @contextmanager
 def _or_left_out(folders: list[Path], left_out: dict[str, str]) -> Iterator[None]:
-    """Whatever these folders hold, it costs the page no more than themselves: the reason goes to `left_out`."""
+    """Within, an error leaves these folders out of the page: each with its reason is added to `left_out`."""
     try:
         yield
     except Exception as error:  # damaged files make pandas and matplotlib raise almost anything
@@ -135,8 +143,8 @@ def _entry(kept: list[tuple[Path, dict[str, Any]]], example: bool, base: Path) -
     """The line of the runs of one recipe."""
     folders, recipe = [path for path, _ in kept], kept[0][1]["recipe"]
     dataset = recipe.dataset if recipe.dataset in RECIPES else folders[0].parent.name
-    entry = Entry(dataset, _name(folders[0], base), folders, recipe, _scores(kept), example, {}, "")
-    return entry._replace(cells=_line(entry, base), curves=_curves(entry))
+    entry = Entry(dataset, _name(folders[0], base), folders, recipe, _scores(kept), example, {}, None)
+    return entry._replace(line=_line(entry, base), curves=_curves(entry))
 
 
 def _name(path: Path, base: Path) -> str:
@@ -165,48 +173,53 @@ def _scores(kept: list[tuple[Path, dict[str, Any]]]) -> dict[str, Interval]:
     return found
 
 
-def _dataset(name: str, shown: list[Entry]) -> str:
-    """One data set: its leaderboard and the learning curves of its runs."""
-    rows = [(entry.scores.get("R1", (-1.0,))[0], entry.cells) for entry in shown]
+def _dataset(name: str, shown: list[Entry]) -> Shown:
+    """One data set: the rows of its leaderboard, the best R@1 first, and its entries with their learning curves."""
+    rows = [(entry.scores.get("R1", (-1.0,))[0], entry.line) for entry in shown]
     theirs = published()
     theirs = theirs[(theirs.table == "results") & (theirs.dataset == name)]
     theirs = theirs.groupby(["method", *METRICS], as_index=False, sort=False)["source"].agg(", ".join)
     rows += [(float(row.R1), _published_line(row)) for row in theirs.itertuples()]
-    table = DataFrame([line for _, line in sorted(rows, key=lambda pair: -pair[0])]).fillna("")
-    board = f'<div class="card">{_html(table)}</div>' if len(table) else ""
-    if not shown:
-        return f'<p class="quiet">Not run here: only what is published.</p>{board}'
-    curves = "".join(entry.curves for entry in shown)
-    return f'{board}<div class="card"><h3>Learning curves</h3>{curves}</div>'
+    return {"name": name, "entries": shown, "rows": [line for _, line in sorted(rows, key=lambda pair: -pair[0])]}
 
 
-def _line(entry: Entry, base: Path) -> dict[str, str]:
-    """A leaderboard row's cells, as HTML."""
-    marks = ['<span class="badge">example</span>'] if entry.example else []
+def _line(entry: Entry, base: Path) -> Shown:
+    """An entry's row of the leaderboard."""
+    badges = [{"text": "example", "warn": False}] if entry.example else []
     if entry.recipe.select_on == "test":
-        marks.append('<span class="badge warn">selected on test: not comparable</span>')
+        badges.append({"text": "selected on test: not comparable", "warn": True})
     if not entry.scores:
-        marks.append('<span class="badge">no test split</span>')
+        badges.append({"text": "no test split", "warn": False})
     if unreadable := max(runs.load_run(folder)["metrics"].get("unreadable_images", 0) for folder in entry.folders):
-        marks.append(f'<span class="badge warn">{_count(unreadable, "unreadable photo")} left out</span>')
+        badges.append({"text": f"{_count(unreadable, 'unreadable photo')} left out", "warn": True})
     seeds = len(entry.folders)
-    told = f"{entry.recipe.losses}, {_count(seeds, 'seed')}"
-    name = f"{_text(entry.name)}<small class='quiet'>{_text(told)}</small>{''.join(marks)}"
-    line = {"run": name, "": _whisker(entry.scores["R1"]) if entry.scores else ""}
-    line |= {HEADINGS[score]: _score(value) for score, value in entry.scores.items()}
-    links = [link for place, folder in enumerate(entry.folders) for link in _links(folder, base, place, seeds)]
-    return line | {"R@1 on val": _sparkline(entry.folders[0]), "open": " ".join(links)}
+    return {
+        "published": False,
+        "name": entry.name,
+        "note": f"{entry.recipe.losses}, {_count(seeds, 'seed')}",
+        "badges": badges,
+        "whisker": _whisker(entry.scores["R1"]) if entry.scores else None,
+        "scores": [_score(entry.scores[name]) for name in HEADINGS] if entry.scores else [],
+        "sparkline": _sparkline(entry.folders[0]),
+        "links": [link for place, folder in enumerate(entry.folders) for link in _links(folder, base, place, seeds)],
+    }
 
 
-def _published_line(row) -> dict[str, str]:
-    """A published row's cells."""
-    name = f'<span class="published">published: {_text(row.method)}<small>{_text(row.source)}</small></span>'
-    line = {"run": name, "": _whisker((row.R1, np.nan, np.nan))}
-    return line | {HEADINGS[score]: f'<span class="published">{getattr(row, score):.1f}</span>' for score in METRICS}
+def _published_line(row) -> Shown:
+    """A published result's row of the leaderboard."""
+    return {
+        "published": True,
+        "name": row.method,
+        "note": row.source,
+        "whisker": _whisker((row.R1, np.nan, np.nan)),
+        "scores": [_score((getattr(row, score), np.nan, np.nan)) for score in HEADINGS],
+        "sparkline": None,
+        "links": [],
+    }
 
 
-def _links(folder: Path, base: Path, place: int, seeds: int) -> list[str]:
-    """Links to what a run's folder keeps for a reader: its notebooks, else the folder."""
+def _links(folder: Path, base: Path, place: int, seeds: int) -> list[Shown]:
+    """Links to the executed notebooks in a run's folder, or, without any, to the folder."""
     files = [file for file in sorted(folder.iterdir()) if file.suffix in EXECUTED and not file.name.startswith(".")]
     number = f" {place}" if seeds > 1 else ""
     if not files:
@@ -214,59 +227,50 @@ def _links(folder: Path, base: Path, place: int, seeds: int) -> list[str]:
     return [_link(file, base, f"{'html' if file.suffix == '.html' else 'notebook'}{number}") for file in files]
 
 
-def _link(path: Path, base: Path, label: str) -> str:
+def _link(path: Path, base: Path, label: str) -> Shown:
     """A link from the page to a file below its folder."""
     target = quote(os.path.relpath(path, base).replace(os.sep, "/")) + ("/" if path.is_dir() else "")
-    return f'<a href="{target}">{_text(label)}</a>'
+    return {"href": target, "label": label}
 
 
-def _score(value: Interval) -> str:
-    """A score with its interval below it."""
+def _score(value: Interval) -> Shown:
+    """A score and its interval as text."""
     score, low, high = value
-    ends = "" if np.isnan(low) else f"<small>{low:.1f} – {high:.1f}</small>"
-    return f"{score:.1f}{ends}"
+    return {"value": f"{score:.1f}", "interval": "" if np.isnan(low) else f"{low:.1f} – {high:.1f}"}
 
 
-def _whisker(value: Interval) -> str:
-    """A score on a line from 0 to 100 per cent, with its interval, as a small SVG."""
-    score, low, high = value
-    known = not np.isnan(low)
-    ends = f'<path d="M{low:.1f} 7H{high:.1f}" stroke="{plots.PALETTE[0]}" stroke-width="3"/>' if known else ""
-    said = f"R@1 {score:.1f} %" + (f", {low:.1f} to {high:.1f}" if known else "")
-    dot = f'<circle cx="{score:.1f}" cy="7" r="3.5" fill="{plots.PALETTE[0] if known else plots.QUIET}"/>'
-    line = f'<path d="M0 7H100" stroke="{plots.FAINT}"/>'
-    return (
-        f'<svg class="small" width="104" height="14" viewBox="-2 0 104 14"><title>{said}</title>{line}{ends}{dot}</svg>'
-    )
+def _whisker(value: Interval) -> Shown:
+    """The places of a score and its interval on a line from 0 to 100 per cent, and their description."""
+    score, low, high = (None if np.isnan(end) else f"{end:.1f}" for end in value)
+    title = f"R@1 {score} %" + (f", {low} to {high}" if low else "")
+    return {"score": score, "low": low, "high": high, "title": title}
 
 
 def _validated(history: DataFrame | None) -> str | None:
-    """The column with R@1 on the split that was looked at while training."""
+    """The column with R@1 on the split that was evaluated during training."""
     names = ("val_R1", "test_R1")
     return None if history is None else next((name for name in names if name in history), None)
 
 
-def _sparkline(folder: Path) -> str:
-    """R@1 on val over the evaluations of a run, as a small SVG without axes; its title tells first and last."""
+def _sparkline(folder: Path) -> Shown | None:
+    """R@1 on val over the evaluations of a run: the points of a line, and a description of first and last."""
     history = runs.load_run(folder)["history"]
     column = _validated(history)
     if column is None or len(history) < 2:
-        return ""
+        return None
     values = history[column].to_numpy(dtype=float)
     span = max(values.max() - values.min(), 1e-9)
     points = [(2 + 60 * i / (len(values) - 1), 18 - 15 * (v - values.min()) / span) for i, v in enumerate(values)]
-    drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    said = f"R@1 on {column[:-3]}: {values[0]:.1f} to {values[-1]:.1f} % in {len(values)} evaluations"
-    line = f'<polyline points="{drawn}" fill="none" stroke="{plots.PALETTE[0]}" stroke-width="1.5"/>'
-    return f'<svg class="small" width="64" height="20" viewBox="0 0 64 20"><title>{said}</title>{line}</svg>'
+    title = f"R@1 on {column[:-3]}: {values[0]:.1f} to {values[-1]:.1f} % in {len(values)} evaluations"
+    return {"points": " ".join(f"{x:.1f},{y:.1f}" for x, y in points), "title": title}
 
 
-def _curves(entry: Entry) -> str:
-    """Loss and R@1 over the steps of an entry's runs, folded until somebody looks."""
+def _curves(entry: Entry) -> Shown | None:
+    """A picture of loss and R@1 over the steps of an entry's runs."""
     histories = {folder: runs.load_run(folder)["history"] for folder in entry.folders}
     histories = {f: history for f, history in histories.items() if history is not None and len(history)}
     if not histories:
-        return ""
+        return None
     first = next(iter(histories.values()))
     column = _validated(first)
     figure = Figure(figsize=(9, 2.7), layout="constrained")
@@ -277,74 +281,71 @@ def _curves(entry: Entry) -> str:
         plots.metric_curve(pd.concat(seeds), metric=column, hue="seed" if len(seeds) > 1 else None, ax=right)
     else:
         right.set_axis_off()
-    return f"<details><summary>{_text(entry.name)}</summary>{_picture(_svg(figure), f'{entry.name}: curves')}</details>"
+    return _picture(_svg(figure), f"{entry.name}: curves")
 
 
 def _svg(figure: Figure) -> bytes:
-    """The figure as SVG whose words stay words, which makes it small."""
+    """The figure as SVG with its text as text, not as outlines: a tenth of the size."""
     file = io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "irra"}):
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
 
 
-def _picture(svg: bytes, label: str) -> str:
-    """An SVG as an image: whatever a file holds, a script in it does not run."""
-    return f'<img alt="{_text(label)}" src="data:image/svg+xml;base64,{base64.b64encode(svg).decode()}">'
+def _picture(svg: bytes, label: str) -> Shown:
+    """An SVG as the source of an image: browsers run no script in it, whatever the file holds."""
+    return {"alt": label, "src": f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"}
 
 
 def _studies(base: Path) -> list[Path]:
-    """The folders of studies that left a table, `<data set>/studies/<study>`."""
+    """The folders of studies with a table, `<data set>/studies/<study>`."""
     found = sorted({file.parent for file in base.glob("**/studies/*/*.csv")})
     return [folder for folder in found if folder.relative_to(base).parts[0] != "smoke"]
 
 
-def _study(folder: Path, base: Path) -> str:
-    """A study: verdicts, table, figures, and links to all that it left."""
-    place = folder.relative_to(base).parts
-    dataset = folder.parent.parent.name.replace("+", " + ")
-    marks = ' <span class="badge">example</span>' if place[0] == "example" else ""
+def _study(folder: Path, base: Path) -> Shown:
+    """A study: its tables with verdicts, its figures, and links to all its files."""
     files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
-    parts = [f"<h3>{_text(folder.name)} <span class='quiet'>on {_text(dataset)}</span>{marks}</h3>"]
-    for file in files:
-        if file.suffix == ".svg" and file.stat().st_size <= LARGEST_FIGURE:
-            parts.append(_picture(file.read_bytes(), f"{folder.name}: {file.stem}"))
+    figures = [file for file in files if file.suffix == ".svg" and file.stat().st_size <= LARGEST_FIGURE]
+    tables = []
     for file in sorted((file for file in files if file.suffix == ".csv"), key=lambda file: file.name != "table.csv"):
         table = pd.read_csv(file)
         if file.name == "table.csv":
-            parts.append(study_table(table))
+            tables.append({"title": ""} | _study_table(table))
         elif 0 < len(table) <= MOST_ROWS:
-            parts.append(f"<details><summary>{_text(file.stem)}</summary>{study_table(table)}</details>")
-    links = " · ".join(_link(file, base, file.name) for file in files)
-    return f'<div class="card">{"".join(parts)}<p class="quiet">{links}</p></div>'
+            tables.append({"title": file.stem} | _study_table(table))
+    return {
+        "name": folder.name,
+        "dataset": folder.parent.parent.name.replace("+", " + "),
+        "example": folder.relative_to(base).parts[0] == "example",
+        "figures": [_picture(file.read_bytes(), f"{folder.name}: {file.stem}") for file in figures],
+        "tables": tables,
+        "links": [_link(file, base, file.name) for file in files],
+    }
 
 
-def study_table(table: DataFrame) -> str:
-    """The table of a study for the eye, as HTML, after the verdicts that it has; a long one is folded."""
-    verdicts: Iterable[str] = ()
+def _study_table(table: DataFrame) -> Shown:
+    """The headings and rows of a study's table as text, and the verdicts that follow from it."""
+    verdicts: list[str] = []
     if {"variant", "reference", "R1_gain", "status"} <= set(table):
-        verdicts = [
-            comparison.verdict(row)
-            for row in table.astype({"status": object}).fillna({"status": ""}).to_dict("records")
-        ]
+        rows = table.astype({"status": object}).fillna({"status": ""}).to_dict("records")
+        verdicts = [comparison.verdict(row) for row in rows]
         table = comparison.readable(table).reset_index()
     elif {"train", "test", "leaks", "R1_low"} <= set(table):
         table = transfer.readable(table)
     else:
         table = table.round(2).astype(object).where(table.notna(), "")
-    shown = _html(table.map(_cell).rename(columns=_text))
-    if len(table) > LONGEST_TABLE:
-        shown = f"<details><summary>all {len(table)} rows</summary>{shown}</details>"
-    listed = "".join(f"<li>{_text(line)}</li>" for line in verdicts)
-    return (f'<ul class="verdicts">{listed}</ul>' if listed else "") + shown
+    cells = [[_cell(value) for value in row] for row in table.itertuples(index=False, name=None)]
+    return {"verdicts": verdicts, "headings": [str(name) for name in table.columns], "rows": cells}
 
 
-def _cell(value: Any) -> str:
-    """A cell's words, with what a score's interval or deviation is below it."""
-    return re.sub(r"^(\S+) (\[\S+, \S+\]|± \S+)$", r"\1 <small>\2</small>", _text(value))
+def _cell(value: Any) -> Shown:
+    """A cell's text, and apart from it a score's interval or deviation."""
+    split = re.fullmatch(r"(\S+) (\[\S+, \S+\]|± \S+)", str(value))
+    return {"value": split[1], "interval": split[2]} if split else {"value": str(value), "interval": ""}
 
 
-def _other_notebooks(base: Path, known: Iterable[Path]) -> str:
+def _other_notebooks(base: Path, known: Iterable[Path]) -> list[Shown]:
     """Links to executed notebooks that belong to no run and no study."""
     known = set(known)
     found = [file for suffix in EXECUTED for file in sorted(base.glob(f"**/*{suffix}"))]
@@ -353,25 +354,8 @@ def _other_notebooks(base: Path, known: Iterable[Path]) -> str:
         place = file.relative_to(base)
         hidden = any(part.startswith(".") for part in place.parts)
         if not hidden and file.parent not in known and place.parts[0] != "smoke" and place.name != "index.html":
-            links.append(f"<li>{_link(file, base, str(place))}</li>")
-    return f'<div class="card"><ul>{"".join(links)}</ul></div>' if links else ""
-
-
-def _broken(reasons: Mapping[str, str]) -> str:
-    """The folders that cannot be shown, with the reasons."""
-    told = [reason if path in reason else f"{path}: {reason}" for path, reason in reasons.items()]
-    listed = "".join(f"<li>{_text(each)}</li>" for each in told)
-    return f'<div class="card"><p>These folders hold no run and no study that can be shown.</p><ul>{listed}</ul></div>'
-
-
-def _html(table: DataFrame, index: bool = False) -> str:
-    """A table whose cells are HTML already."""
-    with pd.option_context("display.max_colwidth", None):
-        return table.to_html(escape=False, index=index, border=0, na_rep="")
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))
+            links.append(_link(file, base, str(place)))
+    return links
 
 
 def _count(number: int, one: str, many: str | None = None) -> str:

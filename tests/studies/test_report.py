@@ -160,22 +160,37 @@ def test_learning_curves_are_pictures_of_every_line(page):
     assert sum("curves" in label for label in page.all("img", "alt")) == 3
 
 
-def test_the_table_of_a_study_comes_with_its_verdicts():
+def studied(root: Path, table: DataFrame) -> Page:
+    """The page of a folder with nothing but a study of this table."""
+    folder = root / "cuhk" / "studies" / "rq9"
+    folder.mkdir(parents=True)
+    table.to_csv(folder / "table.csv", index=False)
+    return Page(report.page(root))
+
+
+def test_the_table_of_a_study_comes_with_its_verdicts(tmp_path):
     gains = {"R1_gain": 5.0, "R1_gain_low": 2.0, "R1_gain_high": 8.0, "mAP_gain": 1.0, "mAP_gain_low": 0.5}
     scores = {f"{name}{end}": 50.0 for name in SCORES for end in ("", "_sd")}
     fixed = {"reference": "sdm", "status": "finished", "seeds": 3, "parameters": 1e6, "step_seconds": 0.1}
     table = DataFrame(
         [{"variant": name, **fixed, **scores, **gains, "mAP_gain_high": 2.0} for name in ("sdm", "<itc>")]
     )
-    shown = Page(report.study_table(table))
+    shown = studied(tmp_path, table)
     assert "<itc> beats sdm by 5.0 [2.0, 8.0]" in shown.words
     assert "+5.0 [2.0, 8.0]" in shown.words
 
 
-def test_the_table_of_a_transfer_says_what_was_not_run():
+def test_the_table_of_a_transfer_says_what_was_not_run(tmp_path):
     queries = DataFrame(columns=["train", "test", "leaks", "seed", "query", "pid"])
     table = irra.transfer.transfer_matrix(queries, ("cuhk", "rstp"))
-    assert Page(report.study_table(table)).words.count("not run") == 2 * 4 * len(SCORES)
+    assert studied(tmp_path, table).words.count("not run") == 2 * 4 * len(SCORES)
+
+
+@pytest.mark.parametrize(("rows", "folded"), [(12, False), (13, True)])
+def test_a_long_table_is_folded_and_a_short_one_is_not(rows, folded, tmp_path):
+    page = studied(tmp_path, DataFrame({"n": range(rows)}))
+    assert (f"all {rows} rows" in page.words) == folded
+    assert [tag for tag, _ in page.tags].count("details") == folded
 
 
 def test_a_broken_folder_is_listed_with_its_reason_and_the_others_are_shown(root):

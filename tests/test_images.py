@@ -682,6 +682,20 @@ def test_a_killed_build_is_never_taken_for_complete_and_its_remains_go(tmp_path,
     assert kept(cache) == [".json", ".npy"]
 
 
+def test_who_waits_for_a_build_that_is_killed_makes_the_array(tmp_path, cache):
+    paths = photos(tmp_path)
+    building = SlowBuild(paths, 60).process
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(image_array, paths, HEIGHT, WIDTH)
+        time.sleep(0.3)
+        assert not waiting.done()
+        building.kill()
+        building.join()
+        found = waiting.result(20)
+    assert np.array_equal(found.pixels, [resized(Image.open(path)) for path in paths])
+    assert kept(cache) == [".json", ".npy"]
+
+
 def test_a_living_build_is_left_alone_by_others_and_waited_for_by_its_like(tmp_path, cache, monkeypatch):
     paths, others = photos(tmp_path / "one", 2), photos(tmp_path / "two")
     building = SlowBuild(paths, 0.5)

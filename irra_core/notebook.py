@@ -8,10 +8,10 @@ from irra_core.settings import unknown
 
 
 def notebook_parameters(without: Iterable[str] = ()) -> dict[str, Any]:
-    """The parameters cell of the running notebook with what papermill injected, checked: name → value.
+    """The checked parameters of the running notebook, name → value: its parameters cell, updated by papermill's values.
 
-    papermill only warns of a name that no parameter has, and ignores types; here both stop the notebook. `without`
-    leaves out names that do not belong to the recipe. Raises ValueError for an unknown name, TypeError for a value
+    papermill only warns about an unknown name, and ignores types; here both stop the notebook. `without` leaves out
+    names that do not belong to the recipe. Raises ValueError for an unknown name, TypeError for a value
     that the annotation does not allow, RuntimeError outside a notebook.
     """
     return {name: value for name, value in _read_parameters().items() if name not in tuple(without)}

@@ -1,4 +1,4 @@
-"""A table and its image files → findings: what is wrong, what to look at."""
+"""A table and its image files → findings: errors, warnings and notes about the data."""
 
 import os
 import warnings
@@ -33,9 +33,9 @@ def check_annotations(annotations: DataFrame, dataset: str | None = None, read_i
     """All findings about the table and its image files, the worst first: `severity, finding, where, count`.
 
     `severity` is "error" (a run would fail or its result be wrong), "warning" (look at it) or "note"; `where` names
-    the first places, `count` is how many there are. With the name of a real data set the sizes are compared with
-    PUBLISHED_COUNTS. `read_images=False` looks whether the files are there, but does not decode them: on a network
-    disk that saves minutes.
+    the first cases, `count` is the number of all. With the name of a real data set, its sizes are compared with
+    PUBLISHED_COUNTS. `read_images=False` checks that the files exist without decoding them: on a network disk that
+    saves minutes.
     """
     findings = [
         *_identity_findings(annotations),
@@ -50,12 +50,12 @@ def check_annotations(annotations: DataFrame, dataset: str | None = None, read_i
 
 
 def _left_out_findings(annotations: DataFrame) -> Iterable[tuple[str, str, str, int]]:
-    """Findings about photos that are no longer in the table, because they could not be read."""
+    """Findings about photos that were removed from the table because they could not be read."""
     yield _finding("warning", "an image that cannot be read was left out", left_out(annotations).path)
 
 
 def _identity_findings(annotations: DataFrame) -> Iterable[tuple[str, str, str, int]]:
-    """Findings about who is in which split, and in how many images."""
+    """Findings about the splits and the images of identities."""
     sizes = annotations.groupby("pid").agg(splits=("split", "nunique"), images=("image_id", "nunique"))
     yield _finding("error", "the same identity in two splits", sizes.index[sizes["splits"] > 1], "pid {}")
     owners = annotations.groupby("path")["pid"].nunique()
@@ -79,11 +79,11 @@ def _caption_findings(annotations: DataFrame) -> Iterable[tuple[str, str, str, i
 
 
 def _file_findings(annotations: DataFrame, read_images: bool) -> Iterable[tuple[str, str, str, int]]:
-    """Findings about the image files: missing, unreadable, the same photo twice, links that lead elsewhere."""
+    """Findings about the image files: missing, unreadable, duplicate, or links that lead out of the folder."""
     pids = annotations.groupby("path", sort=False)["pid"].first().to_dict()
     paths = list(pids)
     with ThreadPoolExecutor(8) as pool, warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*decompression bomb.*")  # said once, as a finding
+        warnings.filterwarnings("error", message=".*decompression bomb.*")  # reported as a finding instead
         faults = dict(zip(paths, pool.map(_examine if read_images else _look, paths), strict=True))
     yield _finding("error", "an image file is missing", [p for p, (fault, _) in faults.items() if fault == "missing"])
     broken = [f"{p}: {fault}" for p, (fault, _) in faults.items() if fault not in (None, "missing")]
@@ -99,7 +99,7 @@ def _file_findings(annotations: DataFrame, read_images: bool) -> Iterable[tuple[
 
 
 def _led_out(paths: list[str]) -> list[str]:
-    """The files that links, their own or their folder's, place outside the folder that holds them all."""
+    """The files that a link (of the file or of its folder) resolves to outside their common folder."""
     inside = os.path.join(os.path.realpath(common_folder(paths)), "")
     real = {folder: os.path.join(os.path.realpath(folder), "") for folder in {os.path.dirname(path) for path in paths}}
     ends = [os.path.realpath(path) if os.path.islink(path) else real[os.path.dirname(path)] for path in paths]
@@ -107,7 +107,7 @@ def _led_out(paths: list[str]) -> list[str]:
 
 
 def _look(path: str) -> tuple[str | None, None]:
-    """What is wrong with the file at first sight, and no digest."""
+    """The fault of a file that is missing, not regular or empty (None: no fault), and no digest."""
     if not os.path.exists(path):
         return "missing", None
     if not os.path.isfile(path):
@@ -116,7 +116,7 @@ def _look(path: str) -> tuple[str | None, None]:
 
 
 def _examine(path: str) -> tuple[str | None, bytes | None]:
-    """What is wrong with the image file (None: training takes it), and the digest of its bytes."""
+    """The fault of the image file (None: training can read it), and the digest of its bytes."""
     fault, _ = _look(path)
     if fault:
         return fault, None
@@ -125,7 +125,7 @@ def _examine(path: str) -> tuple[str | None, bytes | None]:
 
 
 def _count_findings(annotations: DataFrame, dataset: str | None) -> Iterable[tuple[str, str, str, int]]:
-    """Findings about sizes that differ from the published ones."""
+    """Findings about sizes that differ from the published sizes."""
     if dataset not in PUBLISHED_COUNTS:
         return
     counts = count_splits(annotations)
@@ -153,7 +153,7 @@ def count_splits(annotations: DataFrame) -> DataFrame:
 
 
 def _finding(severity: str, finding: str, places: Iterable, form: str = "{}") -> tuple[str, str, str, int]:
-    """One row of findings: the first five places by name, and how many there are."""
+    """One row of findings: the first five cases by name, and the number of all."""
     places = list(places)
     named = ", ".join(form.format(place) for place in places[:5])
     return severity, finding, named + (", …" if len(places) > 5 else ""), len(places)

@@ -29,21 +29,21 @@ from irra_core.settings import reports_root
 from irra_core.text import END_ID, MASK_ID, detokenize_words, tokenize, whole_characters
 
 THUMBNAIL = (192, 288)  # pixels: twice the size on the page, for sharp screens
-LONGEST = 5000  # letters of a query: ten times what the model can read
-DEEP = 10_000  # ranks in which the right photos are looked for
+LONGEST = 5000  # characters of a query: ten times what the model reads
+DEEP = 10_000  # ranks searched for the right photos
 CHOICES = (5, 10, 20, 50)  # of k
 
-Card = dict[str, Any]  # what the page shows of one photo
+Card = dict[str, Any]  # the page's data about one photo
 
 
 class QueryExplorer(anywidget.AnyWidget):
     """A page that searches photos by a sentence and shows why: the last line of a cell displays it.
 
     galleries: a Gallery, or name → Gallery to compare checkpoints on the same sentence, one strip of photos each.
-    annotations: the sentences that are known (columns pid, path, caption): they are offered as examples, and for them
-    right and wrong photos are framed. `query` and `k` set what is shown first, and can be read and set later; `held`
-    is a sentence whose ranking is compared with, `picture` the image_id of a photo to start from. `state` has the four:
-    `QueryExplorer(gallery, annotations, **state)` shows the same page again.
+    annotations: known sentences (columns pid, path, caption). They are offered as examples, and for them right and
+    wrong photos are framed. `query` and `k` are the first search, and can be read and set later; `held` is the sentence
+    whose ranking is the reference for rank changes, `picture` the image_id of the photo that is open. `state` has the
+    four: `QueryExplorer(gallery, annotations, **state)` shows the same page again.
     """
 
     _esm = Path(__file__).with_name("widget.js")
@@ -51,9 +51,9 @@ class QueryExplorer(anywidget.AnyWidget):
 
     query = traitlets.Unicode("").tag(sync=True)
     k = traitlets.Int(10, min=1, max=200).tag(sync=True)
-    held = traitlets.Unicode("").tag(sync=True)  # the query whose ranking the next ones are compared with
+    held = traitlets.Unicode("").tag(sync=True)  # the query whose ranking is the reference for rank changes
     setup = traitlets.Dict().tag(sync=True)
-    view = traitlets.Dict().tag(sync=True)  # what a query found
+    view = traitlets.Dict().tag(sync=True)  # the results of the query
     explanation = traitlets.Dict().tag(sync=True)
     fills = traitlets.Dict().tag(sync=True)
     picture = traitlets.Dict().tag(sync=True)  # the photo that was clicked
@@ -73,7 +73,7 @@ class QueryExplorer(anywidget.AnyWidget):
         self._galleries = dict(galleries) if isinstance(galleries, Mapping) else {"": galleries}
         self._annotations = _known(next(iter(self._galleries.values())), annotations)
         self._serial, self._results, self._held_ranks, self._truth, self._explained = 0, {}, {}, None, []
-        self.failure: Exception | None = None  # what went wrong last, for whoever asks; the page has it in plain words
+        self.failure: Exception | None = None  # the last error; the page shows its message
         super().__init__(query=query, k=k, held=held)
         models = [getattr(gallery, "model", None) for gallery in self._galleries.values()]
         self.setup = {
@@ -90,7 +90,7 @@ class QueryExplorer(anywidget.AnyWidget):
 
     @property
     def state(self) -> dict[str, Any]:
-        """What brings this page back: query, k, held and picture, plain values that a cell or a file can keep."""
+        """The arguments that restore this page: query, k, held and picture, as plain values."""
         return {"query": self.query, "k": self.k, "held": self.held, "picture": self.picture.get("image_id")}
 
     @property
@@ -100,7 +100,7 @@ class QueryExplorer(anywidget.AnyWidget):
         return pd.concat(strips, ignore_index=True) if strips else DataFrame()
 
     def figure(self) -> Figure:
-        """The page's ranking as a figure, one row a strip. Raises ValueError when nothing is shown."""
+        """The page's ranking as a figure, one row per strip. Raises ValueError when nothing is shown."""
         if not self._results:
             raise ValueError("there is no ranking to draw: set query to a sentence first")
         lines = -(-self.k // 10)
@@ -132,7 +132,7 @@ class QueryExplorer(anywidget.AnyWidget):
         return file
 
     def _search(self, change: Mapping | None = None) -> None:
-        """Show what the query finds."""
+        """Show the results of the query."""
         self._serial += 1
         self._results, self._truth, self.note = {}, None, ""
         text = whole_characters(self.query)[:LONGEST].strip()
@@ -145,7 +145,7 @@ class QueryExplorer(anywidget.AnyWidget):
         self.view = view
 
     def _answer(self, text: str) -> dict[str, Any]:
-        """Search every gallery; the part of the view that depends on the sentence."""
+        """The part of the view that depends on the sentence, from a search of every gallery."""
         known = self._annotations[self._annotations["caption"].str.strip() == text]
         self._truth = None if known.empty else known.iloc[0]
         strips = []
@@ -164,14 +164,14 @@ class QueryExplorer(anywidget.AnyWidget):
         return {"words": words, "masks": masks, "strips": strips, "truth": truth}
 
     def _ranked(self, gallery, text: str) -> DataFrame:
-        """The best photos, with `right` where the sentence's person is known; then as deep as the right ones may be."""
+        """The best photos; if the person is known, with `right` and up to DEEP ranks, for average precision."""
         if self._truth is None:
             return gallery.search(text, self.k)
         table = gallery.search(text, max(self.k, min(DEEP, len(gallery.images))))
         return table.assign(right=(table["pid"] == self._truth["pid"]).fillna(False).astype(bool))
 
     def _standing(self, table: DataFrame) -> str:
-        """Where the right photos stand in a ranking, in words; empty where nobody knows."""
+        """The ranks of the right photos in words; empty if they are unknown."""
         if "right" not in table:
             return ""
         if not table["right"].any():
@@ -185,7 +185,7 @@ class QueryExplorer(anywidget.AnyWidget):
         return f"first right photo at rank {first:,} · average precision {precision.item():.0f} %"
 
     def _note_moves(self, name: str, gallery, cards: list[Card]) -> None:
-        """Say of each card how far it rose since the held query ("new": it was far below)."""
+        """Add to each card its rank change since the held query ("new": it was not among the first 10 k)."""
         if not self.held.strip():
             return
         if (name, self.held) not in self._held_ranks:
@@ -199,7 +199,7 @@ class QueryExplorer(anywidget.AnyWidget):
             card["moved"] = "new" if rank is None else int(rank - card["rank"])
 
     def _receive(self, _, message: Any, buffers: Any) -> None:
-        """Answer what the page asks: why these photos, what is behind the mask, what is this picture, keep it."""
+        """Handle a message from the page: explain the ranking, fill in masks, open a photo, or save the figure."""
         kind = message.get("kind") if isinstance(message, dict) else None
         current = isinstance(message, dict) and message.get("serial") == self._serial
         if kind == "explain" and current:
@@ -216,7 +216,7 @@ class QueryExplorer(anywidget.AnyWidget):
                 self.note = f"Saved as {self.save()}"
 
     def _explain(self, strip: int | None, place: int | None) -> None:
-        """Send all contributions, and the maps of all photos or, if those cost 48 passes each, of the one asked for."""
+        """Send all contributions, and the maps of all photos, or of the requested one if a map costs 48 passes."""
         if self.explanation.get("serial") != self._serial:
             self._explained = [{} for _ in self._results]
         for number, (name, table) in enumerate(self._results.items()):
@@ -236,7 +236,7 @@ class QueryExplorer(anywidget.AnyWidget):
         self.explanation = {"serial": self._serial, "strips": strips}
 
     def _fill(self) -> None:
-        """Send the likeliest words behind each mask, photo by photo; a strip whose model has no MLM says so."""
+        """Send the most probable words of each mask per photo; a strip whose model has no MLM says so."""
         strips = []
         for name, table in self._results.items():
             model = self._galleries[name].model
@@ -251,7 +251,7 @@ class QueryExplorer(anywidget.AnyWidget):
         self.fills = {"serial": self._serial, "strips": strips}
 
     def _show(self, image_id: int | None) -> None:
-        """Send a photo's captions and, where the gallery can, its nearest neighbours; None closes it."""
+        """Send a photo's captions and, if the gallery supports it, its nearest neighbours; None closes it."""
         if image_id is None:
             self.picture = {}
             return
@@ -271,7 +271,7 @@ class QueryExplorer(anywidget.AnyWidget):
 
     @contextlib.contextmanager
     def _plain_words(self, what: str) -> Iterator[None]:
-        """Whatever goes wrong reaches the page as one plain sentence, and `failure` for whoever looks into it."""
+        """Within, an error becomes one sentence on the page, and the exception is kept in `failure`."""
         try:
             yield
         except Exception as error:
@@ -280,7 +280,7 @@ class QueryExplorer(anywidget.AnyWidget):
 
 
 def _known(gallery, annotations: DataFrame | None) -> DataFrame:
-    """The sentences of people who are in the gallery: of others nobody knows which photo is right."""
+    """The sentences of people who are in the gallery; for others the right photo is unknown."""
     if annotations is None or "pid" not in gallery.images:
         return DataFrame({"pid": [], "path": [], "caption": []}).astype({"path": str, "caption": str})
     return annotations[annotations["pid"].isin(gallery.images["pid"].dropna().unique())].reset_index(drop=True)
@@ -293,17 +293,17 @@ def _examples(annotations: DataFrame, n: int) -> list[str]:
 
 
 def _is_cut(text: str, tokens: torch.Tensor) -> bool:
-    """True if the end of the text is beyond the tokens that the model reads."""
+    """True if the text has more tokens than the model reads."""
     return bool(tokens[0, -1] == END_ID) and torch.equal(tokenize([text[:-1]]), tokens)
 
 
 def _pid(pid: Any) -> int | None:
-    """A person's number, None where unknown."""
+    """A pid as an int, None if unknown."""
     return None if pid is None or pd.isna(pid) else int(pid)
 
 
 def _card(row) -> Card:
-    """What the page shows of one row of a ranking."""
+    """The page's data about one row of a ranking."""
     right = getattr(row, "right", None)
     return _thumbnail(str(row.path)) | {
         "rank": int(row.rank),
@@ -329,16 +329,16 @@ def _thumbnail(path: str) -> dict[str, Any]:
 
 
 def _images(model, paths: list[str]) -> torch.Tensor:
-    """The photos as the model takes them."""
+    """The photos as a batch in the model's size."""
     height, width = model.image_size
     return load_images(paths, recipe("cuhk", _smoke=False).replace(image_height=height, image_width=width))
 
 
 def _sent(found, looked_at: list[int]) -> Iterator[tuple[int, dict]]:
-    """Each photo's contributions and, where there is one, its map: a byte a patch.
+    """Each photo's contributions and, if it was computed, its map: one byte per patch.
 
-    255 is the brightest patch of the word in this photo, or half of that in all photos: a photo in which the word
-    finds little stays dim, and one bright photo does not darken the others.
+    255 is the word's maximum in this photo, but at least half its maximum over all photos: a photo with little
+    evidence for the word stays dim, and one bright photo does not darken the others.
     """
     brightest = found.maps.max(axis=(2, 3), keepdims=True, initial=1e-12)
     brightest = np.maximum(brightest, brightest.max(axis=0, keepdims=True, initial=0) / 2)

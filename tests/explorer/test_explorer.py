@@ -15,8 +15,8 @@ from pandas import DataFrame
 from PIL import Image
 
 import irra_core.explorer.widget as module
+from irra_core import build_model
 from irra_core.explorer.widget import QueryExplorer
-from irra_core.model import build_model
 from irra_core.recipes import recipe
 
 COLORS = ["red", "green", "blue", "white", "black", "yellow"]

@@ -1,47 +1,45 @@
-"""Run folders: their names, what they keep, when one is finished, and many of them collected into one table."""
+"""A recipe and its data → a run folder: its name, its lock, the files it keeps, whether it is finished."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import platform
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import pandas as pd
+from filelock import FileLock, Timeout
 from pandas import DataFrame
 
 from irra_core.annotations import photo_table, table_digest
 from irra_core.checkpoints import replaced
-from irra_core.evaluation import METRICS, readable, scores_table
 from irra_core.images import image_array
 from irra_core.recipes import NEUTRAL, RECIPES, Recipe, own_file, read_recipe
-from irra_core.settings import cores, reports_root, smoke
+from irra_core.settings import cores, progress_bar, reports_root, smoke
 
 FORMAT = 1  # of what a run folder keeps; a run with another is made again
 WEIGHTS, STATE, STATE_BEFORE = "weights.safetensors", "state.safetensors", "state.previous.safetensors"
-FAILED, FAILED_BATCH = "failed.safetensors", "failed-batch.safetensors"  # before the step whose loss was no number
-UNREADABLE = "unreadable.csv"  # photos that were left out, with the reasons
+FAILED, FAILED_BATCH = "failed.safetensors", "failed-batch.safetensors"  # before the step with a non-finite loss
+UNREADABLE = "unreadable.csv"  # photos left out, with the reasons
 TABLE = "annotations.parquet"  # for the processes of torchrun, until the run is finished
 LOCK = ".lock"
 
 
 class RunFolder(NamedTuple):
-    """Where a run lives, and why folders of the same name were passed over: path → the differences."""
+    """A run's folder, and the folders of the same name that hold other runs: path → the differences."""
 
     path: Path
     passed_over: dict[Path, list[str]]
 
 
 def dataset_name(dataset: str) -> str:
-    """The data set's name in folders: as it is; for own data the file's stem and 8 hex digits of its hash."""
+    """The folder name of a data set: its name; for own data the file's stem and 8 hex digits of its hash."""
     if dataset in RECIPES:
         return dataset
     path = own_file(dataset)
@@ -49,7 +47,7 @@ def dataset_name(dataset: str) -> str:
 
 
 def run_name(recipe: Recipe) -> str:
-    """What differs from the data set's own recipe, as `epochs=1,seed=3`; `default` where nothing does."""
+    """The fields that differ from the data set's own recipe, as `epochs=1,seed=3`; `default` if none does."""
     parts = ["smoke"] if smoke() else []
     shrunk = ("identities", "max_steps") if smoke() else ()
     for name, value in recipe.differences().items():
@@ -62,7 +60,7 @@ def run_name(recipe: Recipe) -> str:
 
 
 def _plain(value: Any) -> str:
-    """A value in letters that every file system takes; a path by its last part and a hash of the whole."""
+    """A value in characters that every file system accepts; of a path, its stem and a hash of the whole."""
     text = str(value)
     if "/" in text or "\\" in text:
         text = f"{Path(text).stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
@@ -77,9 +75,9 @@ def data_digest(annotations: DataFrame, recipe: Recipe, progress=None) -> str:
 
 
 def run_folder(recipe: Recipe, data: str, root: str | Path | None = None) -> RunFolder:
-    """The folder of this recipe on this data below `root`: a new one, or the one where it was begun or finished.
+    """The folder of this recipe on this data below `root`: a new one, or the one that holds the run already.
 
-    A folder of the same name that holds another recipe, other data or another format is passed over, and named.
+    A folder of the same name with another recipe, other data or another format is passed over and reported.
     """
     parent = reports_root(root) / ("smoke" if smoke() else "") / dataset_name(recipe.dataset)
     name, passed_over = run_name(recipe), {}
@@ -93,7 +91,7 @@ def run_folder(recipe: Recipe, data: str, root: str | Path | None = None) -> Run
 
 
 def differences(path: Path, recipe: Recipe, data: str) -> list[str]:
-    """What sets the run recorded in a folder apart from this one, a sentence each; none where nothing is recorded."""
+    """How the run recorded in a folder differs from this one, a sentence each; empty where nothing is recorded."""
     file = Path(path) / "recipe.json"
     if not file.exists():
         return []
@@ -110,7 +108,7 @@ def differences(path: Path, recipe: Recipe, data: str) -> list[str]:
 
 
 def begin(path: Path, recipe: Recipe, data: str) -> None:
-    """Record what a run is in its folder. Raises ValueError if the folder holds another run."""
+    """Write a run's recipe.json into its folder. Raises ValueError if the folder holds another run."""
     different = differences(path, recipe, data)
     if different:
         raise ValueError(f"{path} holds another run: {'; '.join(different)}. Take another folder or remove it")
@@ -126,97 +124,76 @@ def begin(path: Path, recipe: Recipe, data: str) -> None:
 
 @contextmanager
 def locked(path: Path, wait: bool = False, progress=None) -> Iterator[None]:
-    """This process alone may write to a run folder; the lock goes with the process, however that ends.
+    """Within, no other process can lock this run folder; the system frees the lock when the process ends or is killed.
 
-    What a killed process left half written is cleared away. Waits for the process that is there, which a bar of the
-    tqdm-like class `progress` names, or, without `wait`, raises RuntimeError naming it.
+    Deletes the incomplete files that a killed process left. Where another process holds the lock, raises RuntimeError
+    naming it, or with `wait` waits for it and shows a bar of the tqdm-like class `progress`. Raises OSError, naming the
+    folder, where it cannot be locked: read-only, the lock file a link, or a disk without locks.
     """
     path.mkdir(parents=True, exist_ok=True)
-    file = path / LOCK
-    with _lock(file, wait, progress) as opened:
-        with suppress(OSError):  # on a full disk: whoever waits reads no name, and the first result says what is full
-            os.ftruncate(opened.fileno(), 0)
-            os.write(opened.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
+    lock = FileLock(path / LOCK, thread_local=False, fallback_to_soft=False, on_acquired=_sign)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        _wait(lock, path, wait, progress)
+    except OSError as error:
+        remedy = f"make room or grant access there, delete {LOCK} if it is a link, or set IRRA_REPORTS to a local disk"
+        raise OSError(error.errno, f"run folder {path} cannot be locked ({error.strerror}): {remedy}") from error
+    try:
         for part in _half_written(path):
             part.unlink(missing_ok=True)
-        try:
-            yield
-        finally:
-            file.unlink(missing_ok=True)
+        yield
+    finally:
+        with suppress(PermissionError):  # on Windows, where releasing the lock deletes the file
+            (path / LOCK).unlink(missing_ok=True)
+        lock.release()
+
+
+def _holder() -> str:
+    return f"process {os.getpid()} on {platform.node()}"
+
+
+def _sign(descriptor: int) -> None:
+    """Write this process's name into the lock file, for the error message or the bar of others."""
+    with suppress(OSError):  # on a full disk: others read no name, and the first result says what is full
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, _holder().encode())
+
+
+def _wait(lock: FileLock, path: Path, wait: bool, progress) -> None:
+    """Wait until the process that holds the lock has ended; RuntimeError without `wait`, or if it is this process."""
+    try:
+        holder = (path / LOCK).read_text() or "another process"
+    except OSError:  # released just now, or on Windows, where a locked file cannot be read
+        holder = "another process"
+    own = holder == _holder()
+    if own or not wait:
+        remedy = "that is this one: restart the kernel" if own else "wait for it, or end it"
+        raise RuntimeError(f"{path} is being trained by {holder}: {remedy}")
+    with progress_bar(progress, total=1, unit="run", desc=f"{path.name} is being trained by {holder}: waiting") as bar:
+        lock.acquire()
+        bar.update(1)
 
 
 def _half_written(path: Path) -> list[Path]:
-    """Files that a killed process was writing: ours, and those of safetensors, which has names of its own."""
+    """Files that a killed process was writing: ours, and those of safetensors."""
     return [*path.glob(".*.part"), *path.glob(".tmp*")]
 
 
 def clear(path: Path) -> None:
-    """Remove from a finished run's folder what only an unfinished one needs; a process killed just then left it."""
+    """Delete from a finished run's folder the files that only an unfinished run needs."""
     left = [path / name for name in (STATE, STATE_BEFORE, FAILED, FAILED_BATCH, TABLE)] + _half_written(path)
     for file in left:
         file.unlink(missing_ok=True)
 
 
-def _lock(file: Path, wait: bool, progress) -> TextIO:
-    """The open lock file, locked until it is closed or this process dies.
-
-    Raises OSError, naming the folder, where it is not to be had: in a read-only folder, through a link, or on a disk
-    without locks.
-    """
-    while True:
-        try:
-            opened = os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", encoding="utf-8")
-        except OSError as error:
-            raise _no_lock(file, error) from error
-        try:
-            try:
-                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                _wait(opened, file, wait, progress)
-            except OSError as error:
-                raise _no_lock(file, error) from error
-            if file.exists() and os.path.samestat(os.fstat(opened.fileno()), file.stat()):
-                return opened  # else the one before us has just finished and taken its file away
-        except BaseException:
-            opened.close()
-            raise
-        opened.close()
-
-
-def _no_lock(file: Path, error: OSError) -> OSError:
-    remedy = f"make room or grant access there, delete {file.name} if it is a link, or set IRRA_REPORTS to a local disk"
-    return OSError(error.errno, f"run folder {file.parent} cannot be locked ({error.strerror}): {remedy}")
-
-
-def _wait(opened: TextIO, file: Path, wait: bool, progress) -> None:
-    """Wait until the process that has locked a run folder has ended; RuntimeError without `wait`, or if it is this."""
-    opened.seek(0)
-    holder = opened.read() or "another process"
-    own = f"process {os.getpid()} on {platform.node()}" == holder
-    if own or not wait:
-        remedy = "that is this one: restart the kernel" if own else "wait for it, or end it"
-        raise RuntimeError(f"{file.parent} is being trained by {holder}: {remedy}")
-    bar = (
-        progress(total=1, unit="run", desc=f"{file.parent.name} is being trained by {holder}: waiting")
-        if progress
-        else None
-    )
-    try:
-        fcntl.flock(opened, fcntl.LOCK_EX)
-        if bar:
-            bar.update(1)
-    finally:
-        if bar:
-            bar.close()
-
-
 def finished(path: str | Path) -> bool:
-    """True when a run folder holds the result of a whole run: its weights and its metrics."""
+    """True if a run folder holds a complete run: weights and metrics."""
     return all((Path(path) / name).exists() for name in (WEIGHTS, "metrics.json", "recipe.json"))
 
 
 def load_run(path: str | Path) -> dict[str, Any]:
-    """What a run folder keeps: recipe, history, metrics, machine and queries (None where a file is absent).
+    """The contents of a run folder: recipe, history, metrics, machine and queries (None where a file is absent).
 
     Raises ValueError naming a file that cannot be read.
     """
@@ -237,7 +214,7 @@ def _described(file: Path) -> dict[str, Any]:
 
 
 def _read(file: Path, reader: Callable[[Path], Any]) -> Any:
-    """What the reader makes of a file, None if it is absent; ValueError, with name and remedy, where it fails."""
+    """The reader's result for a file, None if it is absent; ValueError, with name and remedy, where it fails."""
     try:
         return reader(file)
     except FileNotFoundError:
@@ -247,64 +224,8 @@ def _read(file: Path, reader: Callable[[Path], Any]) -> Any:
         raise ValueError(f"{file} cannot be read ({type(error).__name__}: {error}): {remedy}") from error
 
 
-def seconds_a_step(run: Mapping[str, Any]) -> float:
-    return run["machine"]["seconds"]["training"] / int(run["history"].step.iloc[-1])
-
-
-def collect(root: str | Path | None = None) -> DataFrame:
-    """Every finished run below the reports folder, a row each: dataset, run, the recipe's fields, the test scores.
-
-    A folder that cannot be read is left out, with a warning; `attrs["broken"]` is path → reason.
-    """
-    rows, broken = [], {}
-    for file in sorted(reports_root(root).glob("**/metrics.json")):
-        try:
-            rows.append(_row(file.parent))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            broken[str(file.parent)] = str(error)
-            warnings.warn(f"a run is left out: {error}", stacklevel=2)
-    table = DataFrame(rows)
-    table.attrs["broken"] = broken
-    return table
-
-
-def _row(path: Path) -> dict[str, Any]:
-    """A run's row in the table of all runs."""
-    run = load_run(path)
-    row = {"dataset": path.parent.name, "run": path.name, "path": str(path)}
-    row |= {name: value for name, value in json.loads(run["recipe"].to_json()).items() if name != "dataset"}
-    for name, (value, low, high) in run["metrics"].get("text_to_image", {}).items():
-        row |= {name: value, f"{name}_low": low, f"{name}_high": high}
-    return row
-
-
-def beside_published(metrics: Mapping[str, Any], recipe: Recipe) -> DataFrame:
-    """Test scores of a run with their intervals, and its data set's published rows with the difference, as text."""
-    names = {"text_to_image": "this run", "pretrained": "its CLIP before fine-tuning", "untrained": "random weights"}
-    measured = {label: metrics[name] for name, label in names.items() if name in metrics}
-    if "hard_negatives" in metrics:
-        measured["this run, people with a near-twin only"] = metrics["hard_negatives"]["text_to_image"]
-    table = readable(scores_table(measured))
-    if "ceiling_R1" in metrics:
-        table.loc["the best that the captions allow", "R1 (%)"] = f"{metrics['ceiling_R1']:.1f}"
-    from irra_core.released.published import published
-
-    rows = published()
-    for row in rows[(rows.table == "results") & (rows.dataset == recipe.dataset)].itertuples():
-        label = f"published: {row.method} ({row.source})"
-        pairs = [(getattr(row, name), metrics["text_to_image"][name][0]) for name in METRICS]
-        table.loc[label] = [f"{theirs:.1f} (this run {ours - theirs:+.1f})" for theirs, ours in pairs]
-    return table.fillna("")
-
-
-def gains(metrics: Mapping[str, Any]) -> DataFrame:
-    """How much the trained model gains on the same captions over what it began from, paired, as text for the eye."""
-    names = {"gain_over_pretrained": "over its CLIP before fine-tuning", "gain_over_untrained": "over random weights"}
-    return readable(scores_table({label: metrics[name] for name, label in names.items() if name in metrics}))
-
-
 def mark_latest(path: Path) -> None:
-    """Point the link `latest` in the reports folder (of a shrunken run: in its folder `smoke`) to a run."""
+    """Point the link `latest` in the reports folder (of a smoke run: in its folder `smoke`) to a run."""
     root = path.parent.parent
     aside = root / f".latest.{os.getpid()}"
     aside.unlink(missing_ok=True)
@@ -312,70 +233,65 @@ def mark_latest(path: Path) -> None:
     os.replace(aside, root / "latest")
 
 
-def summary(path: str | Path) -> str:
-    """The test scores of a run folder in a few lines, and what lies in it."""
-    path = Path(path).resolve()
-    run = load_run(path)
-    metrics, lines = run["metrics"], []
-    for name in ("text_to_image", "pretrained", "untrained"):
-        if name in metrics:
-            shown = [
-                f"{score} {value:.1f} [{low:.1f}, {high:.1f}]" for score, (value, low, high) in metrics[name].items()
-            ]
-            lines.append(f"{name.replace('_', ' '):>14}: {'  '.join(shown)}")
-    if "ceiling_R1" in metrics:
-        lines.append(f"{'ceiling':>14}: R1 {metrics['ceiling_R1']:.1f} (the best that the captions allow)")
-    marked = " (weights selected on test: not comparable)" if metrics["selected"]["on"] == "test" else ""
-    head = f"test, per cent with 95 % intervals{marked}" if lines else "no test split: nothing was scored"
-    return "\n".join([head, *lines, *_size(run["machine"] or {}), *_left_out(metrics), f"    run folder: {path}"])
-
-
-def _left_out(metrics: Mapping[str, Any]) -> list[str]:
-    """A line on the photos that could not be read; none where all could."""
-    if not (count := metrics.get("unreadable_images", 0)):
-        return []
-    return [f"{'left out':>14}: {count:,} photo{'s' * (count > 1)} that cannot be read, see {UNREADABLE}"]
-
-
-def _size(machine: Mapping[str, Any]) -> list[str]:
-    """A line on how much of the model was trained, and in how much memory; none for a run that did not record it."""
-    if "trainable_parameters" not in machine:
-        return []
-    trained, total = (machine[name] / 1e6 for name in ("trainable_parameters", "parameters"))
-    memory = f"peak memory {machine['peak_memory_bytes'] / 1e9:.2f} GB"
-    if machine["peak_gpu_memory_bytes"] is not None:
-        memory += f", of the GPU {machine['peak_gpu_memory_bytes'] / 1e9:.2f} GB"
-    return [f"{'trained':>14}: {trained:.2f} M of {total:.2f} M parameters, {memory}"]
-
-
 def write_table(folder: Path, annotations: DataFrame) -> None:
-    """Keep the table that a run learns from in its folder, for processes that are started there."""
+    """Write a run's annotations into its folder, for processes that torchrun starts there."""
     with replaced(Path(folder) / TABLE) as aside:
         annotations.to_parquet(aside)
 
 
 def read_table(folder: Path) -> DataFrame:
-    """The table that `write_table` kept. Raises FileNotFoundError where there is none."""
+    """The annotations that `write_table` wrote. Raises FileNotFoundError where there are none."""
     if not (file := Path(folder) / TABLE).is_file():
         raise FileNotFoundError(f"{file} is not there: irra_core.training.prepare_run(recipe, annotations) writes it")
     return pd.read_parquet(file)
 
 
+def summary(path: str | Path) -> str:
+    """The test scores of a run folder in a few lines, with the model's size and the folder's path."""
+    path = Path(path).resolve()
+    run = load_run(path)
+    metrics, machine, lines = run["metrics"], run["machine"] or {}, []
+    for name in ("text_to_image", "pretrained", "untrained"):
+        shown = [
+            f"{score} {value:.1f} [{low:.1f}, {high:.1f}]"
+            for score, (value, low, high) in metrics.get(name, {}).items()
+        ]
+        lines += [f"{name.replace('_', ' '):>14}: {'  '.join(shown)}"] if shown else []
+    if "ceiling_R1" in metrics:
+        lines.append(f"{'ceiling':>14}: R1 {metrics['ceiling_R1']:.1f} (the best that the captions allow)")
+    marked = " (weights selected on test: not comparable)" if metrics["selected"]["on"] == "test" else ""
+    head = f"test, per cent with 95 % intervals{marked}" if lines else "no test split: nothing was scored"
+    if "trainable_parameters" in machine:  # older runs did not record it
+        lines.append(_size(machine))
+    if count := metrics.get("unreadable_images", 0):
+        lines.append(f"{'left out':>14}: {count:,} photo{'s' * (count > 1)} that cannot be read, see {UNREADABLE}")
+    return "\n".join([head, *lines, f"    run folder: {path}"])
+
+
+def _size(machine: Mapping[str, Any]) -> str:
+    """A line on trained parameters and peak memory."""
+    trained, total = (machine[name] / 1e6 for name in ("trainable_parameters", "parameters"))
+    memory = f"peak memory {machine['peak_memory_bytes'] / 1e9:.2f} GB"
+    if machine["peak_gpu_memory_bytes"] is not None:
+        memory += f", of the GPU {machine['peak_gpu_memory_bytes'] / 1e9:.2f} GB"
+    return f"{'trained':>14}: {trained:.2f} M of {total:.2f} M parameters, {memory}"
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: aside, flushed to the disk, then renamed."""
+    """Write a text file atomically: to a temporary file, flushed to the disk, then renamed."""
     with replaced(path) as aside, aside.open("w", encoding="utf-8") as file:
         file.write(text)
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has held."""
+    """This process's peak memory in bytes."""
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def machine() -> dict[str, Any]:
-    """What can change a run's last digits or its speed: versions, device, threads."""
+    """Everything about this machine that can change rounding or speed: versions, device, threads."""
     import torch
 
     packages = ("irra-core", "torch", "open_clip_torch", "numpy", "pandas", "pillow")

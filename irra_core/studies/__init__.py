@@ -6,5 +6,6 @@ _HOMES = {
     "grid": (
         "ROUGH_STEP_SECONDS ROUGH_RUN_SECONDS LOOK_EVERY Study STUDIES plan estimate run_all study_folder save_study"
     ),
+    "tables": "collect beside_published gains seconds_per_step",
 }
 __getattr__, __dir__, __all__ = lazily(__name__, _HOMES)

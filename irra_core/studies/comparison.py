@@ -1,10 +1,8 @@
 """A grid's finished runs → one table with intervals, a verdict in words, and what each variant costs."""
 
-import itertools
 import re
 import statistics
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +14,23 @@ from pandas import DataFrame, Series
 from safetensors import safe_open
 
 from irra_core import runs
-from irra_core.backbone import configuration, learned, patch_grid
-from irra_core.checkpoints import load_checkpoint
+from irra_core.backbone import learned
 from irra_core.evaluation import METRICS
-from irra_core.interaction import build_interaction
+from irra_core.metrics import bootstrap_interval
 from irra_core.recipes import Recipe
 from irra_core.released.published import published
 from irra_core.settings import unknown
+from irra_core.studies.tables import seconds_per_step
 from irra_core.synthetic.people import is_rendered, twin_pids
-from irra_core.text import VOCABULARY
 
 
 def compare(finished: DataFrame, reference: str, hard: bool | Bool[np.ndarray, " queries"] = False) -> DataFrame:
     """The scores of each variant on test beside the reference: a row a variant, in the plan's order.
 
     finished: what `run_all` gave. Columns: `variant, reference, status, seeds`; each score in per cent as the mean over
-    the seeds with its `_sd`; `R1_gain`, `mAP_gain` over the reference with `_low` and `_high`, the 95 % interval of
-    `seed_identity_interval`, paired over the seeds that both have; `parameters` (all are trained); `step_seconds`.
-    `hard` keeps the queries whose person has a near-twin in the gallery, or those marked in an array of one truth a
+    the seeds with its `_sd`; `R1_gain`, `mAP_gain` over the reference with `_low` and `_high`, the 95 % interval over
+    seeds and identities, paired over the seeds that both have; `parameters` (all are trained); `step_seconds`. `hard`
+    keeps the queries whose person has a near-twin in the gallery, or those marked in an array of one truth a
     query. Where nothing finished, or no query is hard, the row's numbers are NaN and its status says why. Raises
     ValueError for an unknown reference, and for runs on different queries.
     """
@@ -101,7 +98,7 @@ def _gains(found: Mapping[int, DataFrame], base: Mapping[int, DataFrame], names:
     for score in ("R1", "mAP"):
         column = METRICS[score]
         values = np.stack([(found[seed][column] - base[seed][column]).to_numpy(dtype=np.float64) for seed in seeds])
-        low, high = seed_identity_interval(values, pids)
+        low, high = bootstrap_interval(values, pids)
         row |= {f"{score}_gain": float(values.mean()), f"{score}_gain_low": low, f"{score}_gain_high": high}
     return row
 
@@ -113,34 +110,8 @@ def _costs(paths: Iterable[str]) -> dict[str, int | float]:
         shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118 (not a dict)
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     parameters = sum(tensor.numel() for tensor in learned(tensors).values())
-    steps = [runs.seconds_a_step(run) for run in map(runs.load_run, paths) if run["machine"]]
+    steps = [seconds_per_step(run) for run in map(runs.load_run, paths) if run["machine"]]
     return {"parameters": parameters, "step_seconds": statistics.median(steps) if steps else float("nan")}
-
-
-def seed_identity_interval(
-    values: Float[np.ndarray, "seeds queries"], pids: Int[np.ndarray, " queries"], draws: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Low and high end of the 95 % interval of the mean of `values`, by resampling seeds and identities together.
-
-    A draw is as many seeds and as many identities as there are, both with replacement, each identity with all its
-    queries; the ends are the 2.5 and 97.5 percentiles of the draws' means. With one seed it is the interval of
-    `metrics.bootstrap_interval`. Few seeds make it too narrow: of three, the draws see two thirds of the variance.
-    """
-    _, person = np.unique(pids, return_inverse=True)
-    sizes = np.bincount(person)
-    sums = np.stack([np.bincount(person, row, minlength=len(sizes)) for row in values])
-    generator = np.random.default_rng(seed)
-    people = _counts(generator.integers(len(sizes), size=(draws, len(sizes)), dtype=np.int32), len(sizes))
-    seeds = _counts(generator.integers(len(values), size=(draws, len(values)), dtype=np.int32), len(values))
-    means = ((seeds @ sums) * people).sum(1) / (len(values) * (people @ sizes))
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def _counts(drawn: Int[np.ndarray, "draws n"], n: int) -> Float[np.ndarray, "draws n"]:
-    """How often each draw holds each of 0 … n - 1."""
-    rows = np.arange(len(drawn))[:, None] * n
-    return np.bincount((rows + drawn).ravel(), minlength=len(drawn) * n).reshape(len(drawn), n).astype(np.float64)
 
 
 def selection_inflation(finished: DataFrame, on_val: str, on_test: str) -> DataFrame:
@@ -238,72 +209,6 @@ def _plus_minus(mean: float, sd: float) -> str:
 
 def _number(value: float, form: str) -> str:
     return "" if np.isnan(value) else form.format(value)
-
-
-def inference_ms(finished: DataFrame, batch_size: int = 32, repeats: int = 5) -> dict[str, float]:
-    """Variant → milliseconds to encode one photo and one sentence, in batches on this machine; finished variants only.
-
-    The variants take turns, and the median of the repeats counts, so that a busy moment is nobody's alone.
-    """
-    firsts = finished[finished.status == "finished"].drop_duplicates("variant")
-    models = {row.variant: _timed_model(Path(row.path)) for row in firsts.itertuples()}
-    tokens = torch.randint(1, VOCABULARY - 2, (batch_size, 32), generator=torch.Generator().manual_seed(0))
-    tokens[:, -1] = VOCABULARY - 1
-
-    def encode(model) -> Callable[[], Any]:
-        device = next(model.parameters()).device
-        images, words = torch.zeros(batch_size, 3, *model.image_size, device=device), tokens.to(device)
-        return lambda: (model.encode_image(images), model.encode_text(words))
-
-    seconds = _interleaved({name: encode(model) for name, model in models.items()}, repeats)
-    return {name: 1000 * value / batch_size for name, value in seconds.items()}
-
-
-def _timed_model(folder: Path) -> torch.nn.Module:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_checkpoint(folder / runs.WEIGHTS)[0].eval().to(device)
-
-
-def interaction_costs(
-    made: Recipe, width: int | None = None, batch_size: int = 8, words: int = 77, repeats: int = 5
-) -> DataFrame:
-    """The three interaction encoders side by side: parameters, and the median time of a forward pass on one batch.
-
-    Columns `interaction, parameters, forward_ms, times`, the last against `cross`. The batch has random tokens: as many
-    words as given and the recipe's image tokens; `width` is the backbone's unless given, the depth the recipe's.
-    """
-    config = configuration(made.backbone)
-    width = width or config["embed_dim"]
-    grid = patch_grid((made.image_height, made.image_width), config["vision_cfg"]["patch_size"], made.stride)
-    generator = torch.Generator().manual_seed(made.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sizes = (words, grid[0] * grid[1] + 1)
-    text, image = (torch.randn(batch_size, size, width, generator=generator).to(device) for size in sizes)
-    encoders = {
-        kind: build_interaction(kind, width, made.interaction_depth).eval().to(device)
-        for kind in ("cross", "co", "merged")
-    }
-    calls = {kind: (lambda encoder=encoder: encoder(text, image)) for kind, encoder in encoders.items()}
-    seconds = _interleaved(calls, repeats)
-    rows = [
-        (kind, sum(p.numel() for p in encoder.parameters()), 1000 * seconds[kind], seconds[kind] / seconds["cross"])
-        for kind, encoder in encoders.items()
-    ]
-    return DataFrame(rows, columns=["interaction", "parameters", "forward_ms", "times"])
-
-
-def _interleaved(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each call; they take turns, after one turn that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    with torch.inference_mode():
-        for turn, (name, call) in itertools.product(range(repeats + 1), calls.items()):
-            began = time.perf_counter()
-            call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def beside_published(table: DataFrame, planned: DataFrame) -> DataFrame:

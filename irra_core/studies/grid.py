@@ -22,6 +22,7 @@ from irra_core.backbone import WEIGHT_SUFFIXES, download
 from irra_core.images import open_annotations
 from irra_core.recipes import PRESETS, Recipe, recipe
 from irra_core.settings import cores, project_root, reports_root, smoke, unknown
+from irra_core.studies.tables import seconds_per_step
 from irra_core.synthetic.pretraining import pretrained_general
 
 ROUGH_STEP_SECONDS = {"small": {True: 0.25, False: 0.1}}  # with and without MLM; measured on two cores of a server CPU
@@ -220,7 +221,7 @@ def _measured_steps() -> dict[tuple, float]:
         except (OSError, ValueError, KeyError, TypeError):
             continue  # a folder of another version tells nothing
         if run["machine"] and run["machine"]["device"] == device and run["history"] is not None:
-            found.setdefault(_alike(run["recipe"]), []).append(runs.seconds_a_step(run))
+            found.setdefault(_alike(run["recipe"]), []).append(seconds_per_step(run))
     return {key: statistics.median(values) for key, values in found.items()}
 
 

@@ -22,10 +22,12 @@ from pandas import DataFrame
 from irra_core import runs
 from irra_core.analysis import plots
 from irra_core.evaluation import METRICS, Interval
+from irra_core.metrics import bootstrap_interval
 from irra_core.recipes import RECIPES, Recipe
 from irra_core.released.published import published
 from irra_core.settings import reports_root, smoke
 from irra_core.studies import comparison, transfer
+from irra_core.studies.tables import collect
 
 HEADINGS = {"R1": "R@1 (%)", "R5": "R@5 (%)", "R10": "R@10 (%)", "mAP": "mAP (%)", "mINP": "mINP (%)"}
 LARGEST_FIGURE = 2**20  # bytes; a larger one is linked and not embedded, which keeps the page small
@@ -66,7 +68,7 @@ def write_report(root: str | Path | None = None) -> Path:
 
 def page(base: Path) -> str:
     """The HTML of the page for the reports folder `base`."""
-    table = runs.collect(base)
+    table = collect(base)
     left_out = dict(table.attrs["broken"])
     shown = entries(table, base, left_out)
     names = list(dict.fromkeys(entry.dataset for entry in shown))
@@ -168,7 +170,7 @@ def _scores(kept: list[tuple[Path, dict[str, Any]]]) -> dict[str, Interval]:
     found = {}
     for name, column in METRICS.items():
         values = np.stack([table[column].to_numpy(dtype=np.float64) for table in tables])
-        low, high = comparison.seed_identity_interval(values, tables[0].pid.to_numpy())
+        low, high = bootstrap_interval(values, tables[0].pid.to_numpy())
         found[name] = (float(values.mean()), low, high)
     return found
 

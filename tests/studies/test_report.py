@@ -14,6 +14,7 @@ from pandas import DataFrame
 import irra_core as irra
 from irra_core import runs
 from irra_core.studies import report
+from irra_core.studies.tables import collect
 
 SCORES = {"R1": 41.0, "R5": 62.0, "R10": 73.0, "mAP": 44.0, "mINP": 25.0}
 SVG = '<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'
@@ -94,7 +95,7 @@ def rows(root: Path, dataset: str) -> list[str]:
 
 def test_runs_that_differ_only_in_the_seed_share_a_line_with_the_mean_and_its_interval(root):
     (line,) = [
-        entry for entry in report.entries(runs.collect(root), root, {}) if entry.name == "default" and not entry.example
+        entry for entry in report.entries(collect(root), root, {}) if entry.name == "default" and not entry.example
     ]
     values = [pd.read_csv(folder / "queries.csv").R1 for folder in line.folders]
     assert len(values) == 2
@@ -103,7 +104,7 @@ def test_runs_that_differ_only_in_the_seed_share_a_line_with_the_mean_and_its_in
 
 
 def test_one_runs_scores_are_those_of_its_metrics(root):
-    (line,) = [entry for entry in report.entries(runs.collect(root), root, {}) if "itc" in entry.name]
+    (line,) = [entry for entry in report.entries(collect(root), root, {}) if "itc" in entry.name]
     assert line.scores["R1"] == (61.0, 56.0, 66.0)
 
 
@@ -297,6 +298,6 @@ def test_a_folder_without_runs_gives_a_page_with_what_is_published(tmp_path):
 def test_the_committed_example_is_on_the_page_of_a_fresh_clone(tmp_path):
     example = Path(__file__).resolve().parents[2] / "reports" / "example"
     (tmp_path / "example").symlink_to(example)
-    assert runs.collect(tmp_path).empty  # links are not followed, so that `latest` counts no run twice
-    found = report.entries(runs.collect(example.parent), example.parent, {})
+    assert collect(tmp_path).empty  # links are not followed, so that `latest` counts no run twice
+    found = report.entries(collect(example.parent), example.parent, {})
     assert any(entry.example for entry in found)

@@ -1,11 +1,15 @@
-"""The house: imports go upwards only, the lists of packages agree, nothing names a host, notebooks keep their rules."""
+"""The house: import rules, sizes, what imports load, what the wheel holds, packages, notebooks."""
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import nbformat
 import pytest
@@ -13,41 +17,272 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "irra_core"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
+# The core's files in reading order: each imports only those before it.
+CORE = [
+    "settings",
+    "recipes",
+    "notebook",
+    "annotations",
+    "images",
+    "augmentation",
+    "text",
+    "batches",
+    "transformer",
+    "interaction",
+    "model",
+    "backbone",
+    "losses",
+    "metrics",
+    "checkpoints",
+    "objective",
+    "evaluation",
+    "runs",
+    "training",
+    "retrieval",
+]
+SEAMS = {  # core file → rooms that it may import, inside functions only
+    "annotations": ["datasets"],
+    "images": ["synthetic"],
+    "batches": ["scale"],
+    "interaction": ["variants"],
+    "model": ["variants"],
+    "backbone": ["synthetic", "variants"],
+    "losses": ["variants"],
+    "checkpoints": ["released", "variants"],
+    "objective": ["scale"],
+    "evaluation": ["synthetic"],
+    "training": ["scale", "variants"],
+    "retrieval": ["search"],
+}
+ROOMS = {  # room → other rooms that it may import
+    "datasets": [],
+    "synthetic": [],
+    "variants": [],
+    "scale": [],
+    "search": [],
+    "released": [],
+    "analysis": ["synthetic"],
+    "studies": ["analysis", "released", "synthetic"],
+    "explorer": ["analysis"],
+    "benchmark": ["released"],
+}
+# What a room may import of the core, where that is not all of it.
+OF_THE_CORE = {"synthetic": ["settings"], "synthetic/pretraining.py": CORE}
+MOST = {"files": 20, "lines": 4500, "lines of a file": 400, "lines of a function": 40, "lines of a class": 200}
 
-def modules_in_order() -> list[str]:
-    """The modules as CONTRIBUTING lists them."""
-    text = (ROOT / "CONTRIBUTING.md").read_text()
-    return re.search(r"\(a test checks it\):\n\n((?:    .+\n)+)", text).group(1).split()
+
+def imports(source: str) -> Iterator[tuple[str, bool, int]]:
+    """The core files and rooms that a source imports: name, True inside a function, line.
+
+    Any other import from the package is given by its text, which is the name of nothing.
+    """
+
+    def within(node: ast.AST, inside: bool) -> Iterator[tuple[ast.stmt, bool]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import | ast.ImportFrom):
+                yield child, inside
+            yield from within(child, inside or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
+
+    for node, inside in within(ast.parse(source), False):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.split(".")[0] == "irra_core"]
+        elif node.level:
+            names = [ast.unparse(node)]
+        elif node.module == "irra_core":
+            names = [alias.name for alias in node.names]
+        else:
+            package, _, rest = node.module.partition(".")
+            names = [rest.split(".")[0]] if package == "irra_core" else []
+        for name in names:
+            yield name, inside, node.lineno
 
 
-def test_contributing_lists_every_module():
-    assert sorted(modules_in_order()) == sorted(
-        p.stem for p in (ROOT / "irra_core").glob("*.py") if p.stem != "__init__"
-    )
+def wrong_imports(package: Path) -> list[str]:
+    """Every import between core files and rooms that the tables above do not allow."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package).as_posix()
+        room = name.partition("/")[0] if "/" in name else None
+        for target, inside, line in imports(path.read_text(encoding="utf-8")):
+            if room:
+                of_the_core = OF_THE_CORE.get(name, OF_THE_CORE.get(room, CORE))
+                allowed = target in {room, *ROOMS.get(room, []), *of_the_core}
+            elif path.stem == "__init__":
+                allowed = target == "settings"
+            else:
+                above = CORE[: CORE.index(path.stem)] if path.stem in CORE else []
+                allowed = target in above or (inside and target in SEAMS.get(path.stem, []))
+            if not allowed:
+                found.append(f"{name}, line {line}: imports {target} {'inside a function' if inside else 'at the top'}")
+    return found
 
 
-@pytest.mark.parametrize("place", range(len(modules_in_order())), ids=modules_in_order())
-def test_a_module_imports_only_from_modules_above_it(place):
-    order = modules_in_order()
-    tree = ast.parse((ROOT / "irra_core" / f"{order[place]}.py").read_text())
-    used = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module == "irra_core":
-            used |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("irra_core."):
-            used.add(node.module.split(".")[1])
-        elif isinstance(node, ast.Import):
-            assert not any(alias.name.startswith("irra_core") for alias in node.names)
-    assert used <= set(order[:place])
+def too_large(package: Path) -> list[str]:
+    """Everything in the core that is beyond `MOST`: the core as a whole, its files, its functions and classes."""
+    paths = sorted(package.glob("*.py"))
+    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in paths}
+    sizes = [("files", "the core", len(paths) - 1), ("lines", "the core", sum(lines.values()))]
+    sizes += [("lines of a file", name, count) for name, count in lines.items()]
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                kind = "lines of a class" if isinstance(node, ast.ClassDef) else "lines of a function"
+                sizes.append((kind, f"{path.name}: {node.name}", node.end_lineno - node.lineno + 1))
+    return [f"{name}: {size:,} {kind}, at most {MOST[kind]:,}" for kind, name, size in sizes if size > MOST[kind]]
+
+
+def prints(package: Path) -> list[str]:
+    """Every call of print."""
+    return [
+        f"{path.relative_to(package)}, line {node.lineno}: calls print"
+        for path in sorted(package.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
+    ]
+
+
+def test_the_core_is_these_files_and_all_else_is_in_these_rooms():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", *CORE}
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(ROOMS)
+    folders = {path.relative_to(PACKAGE).parts[0] for path in PACKAGE.rglob("*/*.py")}
+    assert folders == set(ROOMS)
+
+
+def test_a_core_file_imports_from_files_above_it_and_rooms_only_inside_functions_at_the_seams():
+    assert wrong_imports(PACKAGE) == []
+
+
+def test_the_core_is_small():
+    assert too_large(PACKAGE) == []
 
 
 def test_the_library_does_not_print():
-    for file in (ROOT / "irra_core").glob("*.py"):
-        calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
-        assert not [call for call in calls if getattr(call.func, "id", "") == "print"], file.name
+    assert prints(PACKAGE) == []
+
+
+PLANTED = [
+    ("losses.py", "from irra_core.training import train", wrong_imports, "losses.py, line 1: imports training at the"),
+    ("losses.py", "def f():\n    from irra_core import runs", wrong_imports, "line 2: imports runs inside a function"),
+    ("losses.py", "from irra_core.variants.x import y", wrong_imports, "imports variants at the top"),
+    ("losses.py", "class A:\n    import irra_core.variants", wrong_imports, "imports irra_core.variants at the top"),
+    ("losses.py", "def f():\n    from irra_core.search import x", wrong_imports, "imports search inside a function"),
+    ("losses.py", "from irra_core import recipe", wrong_imports, "imports recipe at the top"),
+    ("losses.py", "from . import recipes", wrong_imports, "imports from . import recipes at the top"),
+    ("__init__.py", "from irra_core.recipes import recipe", wrong_imports, "__init__.py, line 1: imports recipes"),
+    ("extra.py", "from irra_core.recipes import recipe", wrong_imports, "extra.py, line 1: imports recipes"),
+    (
+        "explorer/deep/x.py",
+        "from irra_core.search import y",
+        wrong_imports,
+        "explorer/deep/x.py, line 1",
+    ),
+    ("synthetic/x.py", "def f():\n    from irra_core import images", wrong_imports, "imports images inside a function"),
+    ("new/x.py", "from irra_core import analysis", wrong_imports, "new/x.py, line 1: imports analysis"),
+    ("losses.py", "x = 1\n" * 401, too_large, "losses.py: 401 lines of a file, at most 400"),
+    ("losses.py", "@f\ndef g():\n" + "    x = 1\n" * 40, too_large, "losses.py: g: 41 lines of a function, at most 40"),
+    ("losses.py", "class A:\n" + "    x = 1\n" * 200, too_large, "losses.py: A: 201 lines of a class, at most 200"),
+    ("search/x.py", "def f():\n    print('found')", prints, "search/x.py, line 2: calls print"),
+]
+
+
+@pytest.mark.parametrize(("name", "source", "rule", "said"), PLANTED)
+def test_each_rule_finds_what_breaks_it(name, source, rule, said, tmp_path):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(source)
+    (found,) = rule(tmp_path)
+    assert said in found
+
+
+def test_the_core_as_a_whole_is_counted(tmp_path):
+    for number in range(22):
+        (tmp_path / f"file{number}.py").write_text("x = 1\n" * 205)
+    assert too_large(tmp_path) == ["the core: 21 files, at most 20", "the core: 4,510 lines, at most 4,500"]
+
+
+def test_contributing_lists_the_core_in_order_and_the_rooms_with_what_may_import_them():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert re.search(r"\n\n((?:    [a-z ]+\n)+)", text).group(1).split() == CORE
+    for room, others in ROOMS.items():
+        core = [name for name in CORE if room in SEAMS.get(name, [])]
+        line = f"| `{room}/` | {', '.join(core) or '–'} | {', '.join(others) or '–'} |"
+        assert line in text, line
+
+
+HEAVY = {"open_clip", "torchvision", "timm", "resvg_py", "faiss", "matplotlib"}
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("irra_core", {"torch", "pandas", "numpy", *HEAVY}),
+        ("irra_core.recipes", {"torch", *HEAVY}),
+        ("irra_core.released.published", {"torch", *HEAVY}),
+        ("irra_core.model", HEAVY),
+    ],
+)
+def test_an_import_does_not_load(module, unwanted):
+    source = f"import sys, {module}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    ended = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr
+    loaded = set(ended.stdout.split())
+    assert "irra_core" in loaded
+    assert not loaded & unwanted
+
+
+def test_the_wheel_holds_every_file_of_the_package(tmp_path):
+    tree = tmp_path / "tree"
+    shutil.copytree(PACKAGE, tree / "irra_core", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    ended = subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(tree)], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("irra_core/")}
+    files = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*") if path.is_file()}
+    files = {name for name in files if "__pycache__" not in name}
+    assert {Path(name).suffix for name in files} >= {".py", ".csv", ".js", ".css"}
+    assert held == files
+
+
+# Names that were public before the package had rooms: they stay attributes of `irra`, wherever they live.
+PUBLIC = """
+    Evaluation Features Gallery IRRA LOSSES PRESETS QueryExplorer RECIPES Recipe build_model check_annotations
+    cmpc_loss cmpm_loss evaluate id_loss itc_loss load_annotations load_checkpoint load_images load_official
+    make_synthetic mlm_loss notebook_parameters open_annotations published recipe retrieval_metrics save_checkpoint
+    save_official sdm_loss synthetic_ceiling tal_loss tokenize train
+"""
+PUBLIC_MODULES = """
+    annotations batches benchmark checkpoints comparison distributed evaluation images leaks losses metrics model plots
+    recipes report runs studies synthetic text training transfer
+"""
+# Rooms that were modules, and the public functions and classes that these had.
+FORMER_MODULES = {
+    "benchmark": (
+        "measure profile_step merged speed_table ratios save_benchmark load_benchmark to_markdown machine_line PARTS"
+    ),
+    "studies": "Study STUDIES plan estimate run_all study_folder save_study",
+    "synthetic": (
+        "make_synthetic attributes stated_attributes near_twins is_rendered twin_pids synthetic_ceiling LAYOUTS VIEWS"
+    ),
+}
+
+
+def test_every_public_name_stays():
+    import irra_core as irra
+
+    for name in PUBLIC.split():
+        assert not isinstance(getattr(irra, name), ModuleType), name
+    for name in PUBLIC_MODULES.split():
+        assert isinstance(getattr(irra, name), ModuleType), name
+    assert {*PUBLIC.split(), *PUBLIC_MODULES.split()} <= set(irra.__all__) <= set(dir(irra))
+    for room, names in FORMER_MODULES.items():
+        for name in names.split():
+            assert hasattr(getattr(irra, room), name), f"{room}.{name}"
 
 
 def locked() -> dict[str, str]:

@@ -21,6 +21,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 ERASED_AREA = (0.02, 0.4)  # released code; share of the image
 ERASED_RATIO = (0.3, 3.3)  # torchvision's default; height over width
 ERASE_ATTEMPTS = 10  # torchvision's; a box that does not fit is drawn again
+RESIDENT_SHARE = 1 / 8  # of a GPU's free memory that the image array may take; the rest is for the step
 
 
 class Augmentation(NamedTuple):
@@ -38,6 +39,11 @@ class Augmentation(NamedTuple):
     def part(self, rows: slice) -> "Augmentation":
         """The augmentation of some of the images."""
         return Augmentation(*(drawn[rows] for drawn in self))
+
+
+def resides(pixels: UInt8[np.ndarray, "n 3 h w"], device: torch.device) -> bool:
+    """True if an image array takes so little of a GPU's memory that it is kept there, and no step copies photos."""
+    return device.type == "cuda" and pixels.nbytes <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
 
 
 def on_device(pixels: UInt8[np.ndarray, "n 3 h w"], device: torch.device) -> UInt8[Tensor, "n 3 h w"]:

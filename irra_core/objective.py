@@ -32,7 +32,9 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
     if precision == "auto" and device.type == "cuda" and computes_bf16(device):
         precision = "bf16"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    with torch.autocast(device.type, dtype) if dtype else nullcontext():
+    from irra_core.scale.cpu import accelerated
+
+    with torch.autocast(device.type, dtype) if dtype else nullcontext(), accelerated(device):
         yield
 
 
@@ -118,3 +120,16 @@ class Objective:
         losses = torch.stack(list(parts.values()))
         losses.sum().backward()
         return losses.detach()
+
+
+def gradient_norm(model: torch.nn.Module) -> Float[Tensor, ""]:
+    """The norm of all gradients together, summed in single precision: not finite if any entry is not.
+
+    Also non-finite above 1e19, where the square overflows.
+    """
+    gradients: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            gradients.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    norms = [norm for alike in gradients.values() for norm in torch._foreach_norm(alike, 2, torch.float32)]
+    return torch.linalg.vector_norm(torch.stack(norms))

@@ -233,19 +233,6 @@ def mark_latest(path: Path) -> None:
     os.replace(aside, root / "latest")
 
 
-def write_table(folder: Path, annotations: DataFrame) -> None:
-    """Write a run's annotations into its folder, for processes that torchrun starts there."""
-    with replaced(Path(folder) / TABLE) as aside:
-        annotations.to_parquet(aside)
-
-
-def read_table(folder: Path) -> DataFrame:
-    """The annotations that `write_table` wrote. Raises FileNotFoundError where there are none."""
-    if not (file := Path(folder) / TABLE).is_file():
-        raise FileNotFoundError(f"{file} is not there: irra_core.training.prepare_run(recipe, annotations) writes it")
-    return pd.read_parquet(file)
-
-
 def summary(path: str | Path) -> str:
     """The test scores of a run folder in a few lines, with the model's size and the folder's path."""
     path = Path(path).resolve()

@@ -19,11 +19,13 @@ import pytest
 import torch
 from conftest import NARROW
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 import irra_core as irra
 from irra_core import backbone, images, runs, training
 from irra_core.backbone import read_weights
 from irra_core.evaluation import METRICS
+from irra_core.scale import distributed
 from irra_core.training import train
 
 PROJECT = Path(__file__).parent.parent
@@ -59,8 +61,8 @@ def trained(table: str, folder: str, cache: str, pipe=None) -> None:
     training._Run.finish = finish
     if pipe:
         images._write = tell(pipe, "images", images._write)
-        training._Run.train_step = tell(pipe, "step", training._Run.train_step)
-        training.save_tensors = tell(pipe, "state", training.save_tensors)
+        training.optimise = tell(pipe, "step", training.optimise)
+        training.save_state = tell(pipe, "state", training.save_state)
         training.save_checkpoint = tell(pipe, "weights", training.save_checkpoint)
         training._Run.finish = tell(pipe, "metrics", training._Run.finish)
     recipe = irra.recipe(**TINY)
@@ -223,13 +225,13 @@ def test_who_needs_the_same_run_waits_for_the_process_that_trains_it_and_takes_i
     while ours.recv() != "step":
         pass
 
-    class Bar(training.tqdm):
+    class Bar(tqdm):
         def __init__(self, *given, desc=None, **named):
             said.append(desc)
             super().__init__(*given, desc=desc, disable=True, **named)
 
-    for trainer in ("_Run", "launched"):
-        monkeypatch.setattr(training, trainer, None)  # whoever trains here, fails
+    monkeypatch.setattr(training, "_Run", None)  # whoever trains here, fails
+    monkeypatch.setattr(distributed, "launched", None)
     if processes == 1:
         assert training.trained_run(recipe, annotations, progress=Bar) == folder
     else:

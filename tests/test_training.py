@@ -394,15 +394,15 @@ def test_damaged_weights_of_a_finished_run_are_refused_by_name(finished, tmp_pat
 
 def test_an_interrupt_leaves_a_run_that_goes_on_as_if_nothing_had_been(halfway, annotations, tmp_path, monkeypatch):
     recipe, _, whole, expected = halfway
-    real, calls = training._Run.train_step, []
+    real, calls = training.optimise, []
 
-    def interrupted(run):
-        calls.append(run.step)
+    def interrupted(*given):
+        calls.append(given)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return real(run)
+        return real(*given)
 
-    monkeypatch.setattr(training._Run, "train_step", interrupted)
+    monkeypatch.setattr(training, "optimise", interrupted)
     with pytest.raises(KeyboardInterrupt):
         list(train(recipe, annotations, tmp_path / "run"))
     assert not (tmp_path / "run" / runs.LOCK).exists()

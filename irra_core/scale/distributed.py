@@ -1,30 +1,90 @@
-"""torchrun → the processes of one run: started from here, joined there, their rows and errors passed on."""
+"""torchrun → the processes of one run: started here, joined there, their rows, bars and errors passed on."""
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 import torch.distributed as dist
+from pandas import DataFrame
+from tqdm import tqdm
 
+from irra_core import runs
 from irra_core.batches import ALONE, Team
+from irra_core.checkpoints import replaced
+from irra_core.recipes import Recipe, check_processes
 
 PATIENCE = timedelta(hours=12)  # one process decodes a data set or pretrains the small CLIP while the others wait
+PREFIX = "irra-core: "  # begins the lines in which process 0 reports to the process that started it; JSON follows
+RAISED = {kind.__name__: kind for kind in (ValueError, TypeError, RuntimeError, FloatingPointError, OSError)}
+
+
+def prepare_run(recipe: Recipe, annotations: DataFrame, progress=None) -> Path:
+    """The run folder of a recipe, ready for `torchrun … -m irra_core.training FOLDER` on one machine or many.
+
+    The folder and the photos must have the same paths on every machine.
+    """
+    data = runs.data_digest(annotations, recipe, progress)
+    folder = runs.run_folder(recipe, data).path
+    runs.begin(folder, recipe, data)
+    if not runs.finished(folder):
+        write_table(folder, annotations)
+    return folder
+
+
+def write_table(folder: Path, annotations: DataFrame) -> None:
+    """Write a run's annotations into its folder, for the processes that torchrun starts."""
+    with replaced(Path(folder) / runs.TABLE) as aside:
+        annotations.to_parquet(aside)
+
+
+def read_table(folder: Path) -> DataFrame:
+    """The annotations that `write_table` wrote. Raises FileNotFoundError where there are none."""
+    if not (file := Path(folder) / runs.TABLE).is_file():
+        raise FileNotFoundError(f"{file} is not there: irra.distributed.prepare_run(recipe, annotations) writes it")
+    return pd.read_parquet(file)
+
+
+def run_process(train: Callable[..., Iterator[dict[str, Any]]], arguments: list[str] | None) -> None:
+    """Train the run prepared in a folder as one of torchrun's processes; process 0 writes for `launched` or a user.
+
+    `train` yields the rows of this process's part of the run.
+    """
+    parser = argparse.ArgumentParser(prog="torchrun … -m irra_core.training")
+    parser.add_argument("folder", type=Path, help="a run folder, from irra.distributed.prepare_run")
+    parser.add_argument("--tell", action="store_true", help="write rows, bar and errors as lines of JSON")
+    given = parser.parse_args(arguments)
+    if runs.finished(given.folder):
+        return
+    recipe, annotations = runs.load_run(given.folder)["recipe"], read_table(given.folder)
+    with joined() as team, telling_errors(given.tell and team.leads):
+        check_processes(team.processes, recipe)
+        progress = (ToldBar if given.tell else tqdm) if team.leads else None
+        if team.leads:
+            runs.begin(given.folder, recipe, runs.data_digest(annotations, recipe, progress))
+        team.wait()
+        for row in train(recipe, annotations, given.folder, progress, team):
+            if given.tell and team.leads:
+                tell("row", row)
+        if team.leads and not given.tell:
+            sys.stdout.write(runs.summary(given.folder) + "\n")
 
 
 @contextmanager
 def joined() -> Iterator[Team]:
-    """This process's team as torchrun's environment tells it, connected: NCCL for what lies on GPUs, gloo for the rest.
+    """This process's team from torchrun's environment, connected by NCCL for GPU tensors and gloo for the others.
 
-    Without that environment, alone. Each process takes the GPU of its local number.
+    Without that environment, ALONE. Each process takes the GPU of its local number.
     """
     if "RANK" not in os.environ:
         yield ALONE
@@ -38,21 +98,38 @@ def joined() -> Iterator[Team]:
         dist.destroy_process_group()
 
 
-TOLD = "irra-core: "  # begins the lines in which process 0 tells the one that started it; what follows is JSON
-RAISED = {kind.__name__: kind for kind in (ValueError, TypeError, RuntimeError, FloatingPointError, OSError)}
-
-
-def tell(kind: str, said: Any) -> None:
-    """One line for `launched`."""
-    sys.stdout.write(f"{TOLD}{json.dumps({kind: said}, default=str)}\n")
+def tell(kind: str, value: Any) -> None:
+    """Write one line for `launched`."""
+    sys.stdout.write(f"{PREFIX}{json.dumps({kind: value}, default=str)}\n")
     sys.stdout.flush()
+
+
+class ToldBar:
+    """A bar, as far as training uses one, that writes lines for `launched`, which shows it."""
+
+    def __init__(self, total: int | None = None, initial: int = 0, desc: str | None = None, **other: Any):
+        self.state = {"total": total, "initial": initial, "desc": desc, "n": initial, "postfix": {}}
+        self.time = 0.0
+        self.shown = "leave" not in other  # not the short bars of an evaluation
+
+    def set_postfix(self, refresh: bool = True, **values: Any) -> None:
+        self.state["postfix"] = values
+
+    def update(self, n: int = 1) -> None:
+        self.state["n"] += n
+        if self.shown and (time.monotonic() - self.time > 0.2 or self.state["n"] == self.state["total"]):
+            self.time = time.monotonic()
+            tell("bar", self.state)
+
+    def close(self) -> None:
+        """Does nothing: the last line has said everything."""
 
 
 @contextmanager
 def telling_errors(wanted: bool = True) -> Iterator[None]:
-    """An error within is told before it is raised, so that the process that started this one can raise it too.
+    """Report an error from within before it is raised, so that the process that started this one can raise it too.
 
-    The others wait a moment: torchrun ends all when one ends, and the same error is to be told before.
+    The other processes wait a moment before they raise: torchrun ends all processes when one ends.
     """
     try:
         yield
@@ -65,10 +142,10 @@ def telling_errors(wanted: bool = True) -> Iterator[None]:
 
 
 def launched(module: str, folder: Path, processes: int, progress=None) -> Iterator[dict[str, Any]]:
-    """The rows that a module tells that torchrun runs on a folder in several processes of this machine.
+    """Run a module on a folder in several processes of this machine with torchrun; yields the rows that it reports.
 
-    Their bar is shown as one of `progress`. Raises what process 0 raised, or RuntimeError with the last lines of output
-    where a process ended in another way; they all end when the iteration does.
+    Shows their bar as one of `progress`. Raises what process 0 raised, or RuntimeError with the last lines of output
+    where a process ended in another way. All processes end when the iteration does.
     """
     if 0 < torch.cuda.device_count() < processes:
         raise ValueError(f"processes is {processes}: this machine has {torch.cuda.device_count()} GPUs, one for each")
@@ -86,13 +163,13 @@ def launched(module: str, folder: Path, processes: int, progress=None) -> Iterat
         stderr=subprocess.STDOUT,
         text=True,
     )
-    bar, last, error = _Shown(progress), deque(maxlen=30), None
+    bar, last, error = _OthersBar(progress), deque(maxlen=30), None
     try:
         for line in started.stdout:
-            if not line.startswith(TOLD):
+            if not line.startswith(PREFIX):
                 last.append(line)
                 continue
-            told = json.loads(line.removeprefix(TOLD))
+            told = json.loads(line.removeprefix(PREFIX))
             if "row" in told:
                 yield told["row"]
             error = told.get("error", error)
@@ -105,22 +182,22 @@ def launched(module: str, folder: Path, processes: int, progress=None) -> Iterat
         _end(started)
 
 
-class _Shown:
-    """The bars of another process, as they are told: one at a time."""
+class _OthersBar:
+    """The bars that another process reports, one at a time."""
 
     def __init__(self, progress):
         self.progress, self.bar, self.title = progress, None, None
 
-    def show(self, said: dict[str, Any] | None) -> None:
-        """Bring the bar to where the other one stands."""
-        if not (self.progress and said):
+    def show(self, state: dict[str, Any] | None) -> None:
+        """Move the bar to the state of the other one."""
+        if not (self.progress and state):
             return
-        if self.title != (said["desc"], said["total"]):
+        if self.title != (state["desc"], state["total"]):
             self.close()
-            self.title = (said["desc"], said["total"])
-            self.bar = self.progress(total=said["total"], initial=said["initial"], desc=said["desc"], unit="step")
-        self.bar.set_postfix(said["postfix"], refresh=False)
-        self.bar.update(said["n"] - self.bar.n)
+            self.title = (state["desc"], state["total"])
+            self.bar = self.progress(total=state["total"], initial=state["initial"], desc=state["desc"], unit="step")
+        self.bar.set_postfix(state["postfix"], refresh=False)
+        self.bar.update(state["n"] - self.bar.n)
 
     def close(self) -> None:
         if self.bar:

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 import irra_core as irra
 from irra_core import runs
 from irra_core.batches import ALONE, Team
-from irra_core.scale.distributed import launched
-from irra_core.training import main, prepare_run, train
+from irra_core.scale.distributed import launched, prepare_run
+from irra_core.training import main, train
 
 
 @pytest.mark.parametrize(("count", "processes"), [(0, 2), (1, 3), (7, 2), (8, 3), (64, 4), (5, 5)])
@@ -132,7 +132,7 @@ def test_a_run_of_two_machines_that_were_stopped_is_finished_by_one_process_as_o
     assert not runs.finished(folder), "the run ended before it could be stopped"
     said = (tmp_path / "output").read_text()
     assert f"{recipe.losses}: " in said, "no bar was shown"
-    assert irra.distributed.TOLD not in said
+    assert irra.distributed.PREFIX not in said
     kept = pd.read_csv(folder / "history.csv")
     rows = list(train(recipe, annotations, folder))
     assert 0 < kept.step[0] < rows[0]["step"], "it began again"
@@ -208,5 +208,5 @@ def test_a_prepared_folder_is_trained_by_the_command_and_a_bare_one_names_what_i
     with pytest.raises(FileNotFoundError, match=r"annotations\.parquet is not there: .*prepare_run"):
         main([str(folder)])
     said = capsys.readouterr().out
-    assert irra.distributed.TOLD not in said
+    assert irra.distributed.PREFIX not in said
     assert f"run folder: {folder}" in said

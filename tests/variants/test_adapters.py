@@ -13,7 +13,7 @@ from irra_core import runs, training
 from irra_core.batches import Batch
 from irra_core.released.checkpoint import save_official
 from irra_core.objective import Objective
-from irra_core.training import build_optimiser, learning_rate_and_decay, train
+from irra_core.training import build_optimiser, factor_and_decay, train
 from irra_core.variants.adapters import MATRICES, is_adapter, merge, merged
 
 IMAGES = torch.randn(3, 3, 96, 32, generator=torch.Generator().manual_seed(0))
@@ -118,7 +118,7 @@ def test_adapters_learn_as_fast_as_new_parts_and_frozen_weights_are_not_with_the
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert len(group["params"]) == len(names) == 3 * len(MATRICES) * 2
     assert all(is_adapter(name) for name in names)
-    assert learning_rate_and_decay("clip.visual.proj", recipe)[0] == recipe.lr
+    assert factor_and_decay("clip.visual.proj", recipe)[0] == 1.0
 
 
 def kept_bytes(model: torch.nn.Module) -> tuple[int, tuple[torch.Tensor, torch.Tensor]]:

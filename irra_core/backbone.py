@@ -1,27 +1,26 @@
-"""A backbone's name and a weights file → open_clip's CLIP for the recipe's image size and stride."""
+"""A recipe, and an open_clip tag or a weights file → the model, its encoders filled with those weights."""
 
 import hashlib
 import json
 import math
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-import open_clip
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.constants import ENDPOINT
 from jaxtyping import Float
-from open_clip.model import CLIP
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from irra_core.recipes import check_patches, unsuited
+from irra_core.model import IRRA
+from irra_core.recipes import Recipe, check_patches, open_clip_models, unsuited
 from irra_core.settings import project_root, unknown
+from irra_core.transformer import CLIP
 
 # The little CLIP of the synthetic recipe; its vocabulary and context are CLIP's.
 SMALL_CLIP = {
@@ -37,39 +36,71 @@ WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _NOT_LEARNED = ("logit_scale", "logit_bias", "input_resolution", "context_length", "vocab_size", "attn_mask")
 
 
-def configuration(backbone: str) -> Mapping:
+def build_model(recipe: Recipe, num_ids: int, weights: Path | None = None) -> IRRA:
+    """The model of a recipe, on the CPU: pretrained CLIP weights, new parts drawn from `recipe.seed`.
+
+    With `pretrained_towers` image or text the other encoder keeps its random weights. What `frozen` and `adapter_rank`
+    keep from learning has requires_grad False.
+
+    `weights` is the file that pretrained `general` stands for, by default the cached one that training makes. The
+    global random state is left alone. Raises ValueError for a backbone, tag or file that does not fit,
+    FileNotFoundError for weights that are not there.
+    """
+    config = configuration(recipe.backbone)
+    file = None if recipe.pretrained == "none" else _pretrained_file(recipe, weights)
+    with seeded(recipe.seed):
+        model = IRRA(
+            new_clip(config, (recipe.image_height, recipe.image_width), recipe.stride),
+            num_ids if {"id", "cmpc"} & set(recipe.loss_names) else None,
+            recipe.interaction if "mlm" in recipe.loss_names else None,
+            recipe.interaction_depth,
+            recipe.padding_attention,
+        )
+    if file is not None:
+        load_clip_weights(model.clip, file, recipe.pretrained_towers)
+    if recipe.frozen != "none" or recipe.adapter_rank:
+        from irra_core.variants.adapters import limit_learning
+
+        with seeded(recipe.seed):
+            limit_learning(model.clip, recipe.frozen, recipe.adapter_rank)
+    return model
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from the seed within, and leave torch's global random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def configuration(backbone: str) -> Mapping[str, Any]:
     """open_clip's configuration of a backbone, or SMALL_CLIP. Raises ValueError for one that IRRA cannot use.
 
     IRRA takes CLIP's vision transformer with its class token and CLIP's text encoder with its tokeniser.
     """
-    config = SMALL_CLIP if backbone == "small" else open_clip.get_model_config(backbone)
+    config = SMALL_CLIP if backbone == "small" else open_clip_models()[backbone]
     if reason := unsuited(config):
         raise ValueError(f"backbone {backbone!r} is not supported: {reason}; ViT-B-16-quickgelu is, for example")
     return config
 
 
-def new_clip(config: Mapping, image_size: tuple[int, int], stride: int) -> CLIP:
-    """An open_clip CLIP with random weights for images of that height and width; patches overlap if stride < patch."""
-    patch = config["vision_cfg"]["patch_size"]
+def new_clip(config: Mapping[str, Any], image_size: tuple[int, int], stride: int) -> CLIP:
+    """A CLIP with random weights for images of that height and width; patches overlap if stride < patch."""
+    patch = config["vision_cfg"].get("patch_size", 16)
     check_patches(image_size, patch, stride)
-    vision = config["vision_cfg"] | {"image_size": tuple(image_size)}
-    clip = CLIP(config["embed_dim"], vision, config["text_cfg"], quick_gelu=config.get("quick_gelu", False))
-    visual = clip.visual
+    clip = CLIP(config, image_size)
     if stride != patch:
-        visual.conv1.stride = (stride, stride)
-        visual.grid_size = patch_grid(image_size, patch, stride)
-        scale, dim = visual.positional_embedding.shape[1] ** -0.5, visual.positional_embedding.shape[1]
-        visual.positional_embedding = nn.Parameter(scale * torch.randn(math.prod(visual.grid_size) + 1, dim))
-    scale = clip.logit_scale.detach()
-    del clip.logit_scale  # the temperature is the recipe's, not learned: no optimiser may see it
-    clip.register_buffer("logit_scale", scale)
+        visual, grid = clip.visual, patch_grid(image_size, patch, stride)
+        dim = visual.positional_embedding.shape[1]
+        visual.conv1.stride, visual.grid_size = (stride, stride), grid
+        visual.positional_embedding = nn.Parameter(dim**-0.5 * torch.randn(math.prod(grid) + 1, dim))
     return clip
 
 
 def give_constants(clip: CLIP) -> None:
-    """Set what a CLIP holds beside its weights, as in a new one: the temperature and the mask of later words."""
+    """Set what a CLIP holds beside its weights, the temperature, as in a new one."""
     clip.logit_scale.fill_(math.log(1 / 0.07))
-    clip.attn_mask.copy_(torch.full_like(clip.attn_mask, -torch.inf).triu(1))
 
 
 def patch_grid(image_size: tuple[int, int], patch: int, stride: int) -> tuple[int, int]:
@@ -98,33 +129,56 @@ def resize_positions(
     return torch.cat([embedding[:1], grid.flatten(2)[0].T])
 
 
+def _pretrained_file(recipe: Recipe, general: Path | None) -> Path:
+    """The weights file that `pretrained` stands for, downloaded by open_clip if it is a tag."""
+    if recipe.pretrained == "general":
+        from irra_core.synthetic.pretraining import general_weights, pretraining
+
+        path = Path(general or general_weights(pretraining()))
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"pretrained 'general': {path} is not there. Training makes it (the small CLIP after InfoNCE on the "
+                "domain general, once, cached): call train, or take pretrained 'none'"
+            )
+        return path
+    if Path(recipe.pretrained).suffix in WEIGHT_SUFFIXES:
+        for folder in (Path.cwd(), project_root()):
+            if (folder / recipe.pretrained).is_file():
+                return folder / recipe.pretrained
+        raise FileNotFoundError(f"pretrained {recipe.pretrained!r}: there is no such file in {Path.cwd()}")
+    return download(recipe.backbone, recipe.pretrained)
+
+
 def download(backbone: str, tag: str) -> Path:
     """The file of an open_clip tag: the one in the hub's cache, or downloaded by open_clip into it.
 
     Raises ValueError for a tag that the backbone does not have or that does not suit it, and FileNotFoundError, which
     says what to put where, when it cannot be had.
     """
+    import open_clip  # here, because it takes longer to import than torch
+    from huggingface_hub import constants, try_to_load_from_cache
+
     source = open_clip.get_pretrained_cfg(backbone, tag)
     if not source:
         raise unknown(f"pretrained (a tag of {backbone})", tag, open_clip.list_pretrained_tags_by_model(backbone))
-    if source.get("quick_gelu", False) != open_clip.get_model_config(backbone).get("quick_gelu", False):
+    if source.get("quick_gelu", False) != configuration(backbone).get("quick_gelu", False):
         other = backbone.removesuffix("-quickgelu") if backbone.endswith("-quickgelu") else f"{backbone}-quickgelu"
         raise ValueError(f"pretrained {tag!r} has another activation than backbone {backbone!r}: take {other!r}")
     if tuple(source["mean"]) != open_clip.OPENAI_DATASET_MEAN:
         raise ValueError(f"pretrained {tag!r} expects images with mean {source['mean']}, not CLIP's: take another tag")
-    place, name = source.get("hf_hub", "").rstrip("/"), "open_clip_model.safetensors"
-    cached = try_to_load_from_cache(place, name) if place else None
+    repository, name = source.get("hf_hub", "").rstrip("/"), "open_clip_model.safetensors"
+    cached = try_to_load_from_cache(repository, name) if repository else None
     if isinstance(cached, str):
         return Path(cached)
     try:
         if not getproxies():  # without a name server the hub would retry for a minute
-            socket.getaddrinfo(urlsplit(ENDPOINT).hostname, 443)
+            socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
         return Path(open_clip.download_pretrained(source))
     except Exception as error:
         raise FileNotFoundError(
             f"pretrained {tag!r} of {backbone} could not be downloaded ({type(error).__name__}: {error}). Where there "
-            f"is network, get {name} of {place or source['url']}, put it into {project_root() / 'data'} and give its "
-            f"path: -p pretrained data/{name}; or take pretrained 'none', random weights"
+            f"is network, get {name} of {repository or source['url']}, put it into {project_root() / 'data'} and give "
+            f"its path: -p pretrained data/{name}; or take pretrained 'none', random weights"
         ) from error
 
 
@@ -155,8 +209,11 @@ def read_weights(path: str | Path) -> tuple[dict, dict[str, str]]:
         ) from error
     if not isinstance(tensors, Mapping):
         raise ValueError(f"{path} holds a {type(tensors).__name__}: expected is a state dict, tensors by name")
-    if CHECKSUM in metadata:
-        _check_intact(tensors, metadata, path)
+    if CHECKSUM in metadata and checksum(tensors, metadata) != metadata[CHECKSUM]:
+        raise ValueError(
+            f"{path} ({path.stat().st_size:,} bytes) is damaged: its content has another checksum than when it was "
+            "written. Copy it again; in a run folder, delete it, and the run is trained again"
+        )
     return tensors, metadata
 
 
@@ -171,17 +228,8 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def _check_intact(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
-    """Refuse a file that holds other bytes than its checksum was made of."""
-    if checksum(tensors, metadata) != metadata[CHECKSUM]:
-        raise ValueError(
-            f"{path} ({path.stat().st_size:,} bytes) is damaged: its content has another checksum than when it was "
-            "written. Copy it again; in a run folder, delete it, and the run is trained again"
-        )
-
-
-def load_clip_weights(clip: CLIP, path: str | Path) -> None:
-    """Fill both encoders from a file of CLIP weights, position embeddings resized to the model's grid.
+def load_clip_weights(clip: CLIP, path: str | Path, towers: str = "both") -> None:
+    """Fill the encoders (`towers`: both, image or text) from a file of CLIP weights, positions resized to their grid.
 
     The file holds a state dict, or has it under `state_dict` or `model`; names may begin with module., clip., text. or
     base_model., as in checkpoints of this library and of the released code. Raises ValueError naming each tensor that
@@ -204,7 +252,10 @@ def load_clip_weights(clip: CLIP, path: str | Path) -> None:
             tensors[name] = resize_positions(positions.float(), *clip.visual.grid_size, source)
         except ValueError as error:
             raise ValueError(f"{where}: {name}: {error}") from error
-    fill(learned(clip.state_dict()), tensors, where)
+    own = learned(clip.state_dict())
+    check_fit(own, tensors, where)
+    keep = {"both": (), "image": (False,), "text": (True,)}[towers]
+    fill(own, tensors | {name: value for name, value in own.items() if name.startswith("visual.") in keep}, where)
 
 
 def _own_grid(recipe: str, patch: int, where: str) -> tuple[int, int]:
@@ -250,9 +301,8 @@ def check_weights(tensors: Mapping[str, Any], where: str, finite: bool = True) -
         if claimed > held:
             faults = [f"its tensors share {held:,} bytes and would take {claimed:,}"]
     if faults:
-        more = f" and {len(faults) - 12} more" if len(faults) > 12 else ""
         raise ValueError(
-            f"{where}: {'; '.join(faults[:12])}{more}. Accepted are dense tensors of finite numbers in "
+            f"{where}: {_listed(faults)}. Accepted are dense tensors of finite numbers in "
             f"{', '.join(str(kind).removeprefix('torch.') for kind in PRECISIONS)}, each with its own memory: write "
             "the file again from a sound model's state_dict()"
         )
@@ -271,13 +321,9 @@ def _fault(value: object, finite: bool) -> str | None:
     held = value.untyped_storage().nbytes() // value.element_size()
     if value.numel() > held:
         return f"{tuple(value.shape)} with memory for {held:,} numbers"
-    return "not finite (NaN or infinite numbers)" if finite and not _finite(value) else None
-
-
-def _finite(value: Tensor) -> bool:
-    """True unless a number is NaN or infinite in single precision; a finite sum says so in the fewest passes."""
-    value = value.detach().float()
-    return bool(value.sum().isfinite()) or bool(value.isfinite().all())
+    single = value.detach().float()  # a finite sum says that all numbers are, in the fewest passes
+    sound = not finite or bool(single.sum().isfinite()) or bool(single.isfinite().all())
+    return None if sound else "not finite (NaN or infinite numbers)"
 
 
 def _clip_tensors(content: Mapping, where: str) -> dict[str, Any]:
@@ -312,5 +358,9 @@ def check_fit(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where
         if name in tensors and tensors[name].shape != value.shape
     ]
     if complaints:
-        more = f" and {len(complaints) - 12} more" if len(complaints) > 12 else ""
-        raise ValueError(f"{where} does not fit the model: {'; '.join(complaints[:12])}{more}")
+        raise ValueError(f"{where} does not fit the model: {_listed(complaints)}")
+
+
+def _listed(complaints: list[str]) -> str:
+    """The first twelve complaints, and how many more there are."""
+    return "; ".join(complaints[:12]) + (f" and {len(complaints) - 12} more" if len(complaints) > 12 else "")

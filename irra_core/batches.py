@@ -66,9 +66,8 @@ class Batch:
     `images` are augmented and normalised. `tokens` are the captions, `masked_tokens` the same with words masked and
     `labels` the ids of the words to predict, 0 elsewhere. `pids` count the identities from 0, as `Batches.classes`
     lists them; `rows` are places in the train table. `all_pids` and `word_count`, the number of words to predict, are
-    those of the whole batch, over which the losses are taken. `lengths` are each caption's tokens up to its end, in
-    both forms, and `words_each` the words it is to predict; the host keeps them, so that the model need not ask the
-    device and wait for the answer.
+    those of the whole batch, over which the losses are taken. `words_each`, how many words each row is to predict, is
+    known to the host, so that the model need not wait for the device.
     """
 
     images: Float[Tensor, "b 3 h w"]
@@ -79,17 +78,16 @@ class Batch:
     rows: Int[Tensor, " b"]
     all_pids: Int[Tensor, " whole"]
     word_count: Int[Tensor, ""]
-    lengths: tuple[int, ...] | None = None
     words_each: tuple[int, ...] | None = None
 
     @property
     def inputs(self) -> tuple[Any, ...]:
         """What the model takes, in its order."""
-        return self.images, self.tokens, self.masked_tokens, self.labels, self.lengths, self.words_each
+        return self.images, self.tokens, self.masked_tokens, self.labels, self.words_each
 
     def split(self, size: int) -> list["Batch"]:
         """The same pairs in pieces of at most so many; of a batch without pairs, itself."""
-        cut = ("images", "tokens", "masked_tokens", "labels", "pids", "rows", "lengths", "words_each")
+        cut = ("images", "tokens", "masked_tokens", "labels", "pids", "rows", "words_each")
         pairs = {name: values for name in cut if (values := getattr(self, name)) is not None}
         return [
             replace(self, **{name: values[start : start + size] for name, values in pairs.items()})
@@ -109,7 +107,7 @@ def sample_masked(annotations: DataFrame, recipe: Recipe, n: int = 5) -> list[tu
 class Batches:
     """The batches of a run: `at(step)` depends on nothing but the arguments given here and the step.
 
-    `train` has one row a caption and `tokens` its token ids, row by row; `pixels` are the decoded images of the whole
+    `train` has one row per caption and `tokens` its token ids, row by row; `pixels` are the decoded images of the whole
     data set, by `image_id`, in memory, memory-mapped, or already on the device. `classes` are the sorted pids.
     """
 
@@ -161,7 +159,7 @@ class Batches:
         recipe, rows = self.recipe, self._rows(step)
         tokens, masked, labels = self._captions(rows, step)
         augmentation = draw_augmentation(len(rows), recipe, self._generator(AUGMENTATION, step))
-        part, asked, lengths = team.part(len(rows)), (labels != 0).sum(1), tokens.argmax(1) + 1
+        part, asked = team.part(len(rows)), (labels != 0).sum(1)
         whole, rows = rows, rows[part]
         return Batch(
             images=augment(self._pixels(self.images[rows]), augmentation.part(part), recipe),
@@ -172,7 +170,6 @@ class Batches:
             rows=self._moved(rows),
             all_pids=self._moved(self.pids[whole]),
             word_count=self._moved(asked.sum()),
-            lengths=tuple(lengths[part].tolist()),
             words_each=tuple(asked[part].tolist()),
         )
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from irra_core.backbone import (
     CHECKSUM,
+    build_model,
     check_fit,
     check_weights,
     checksum,
@@ -28,7 +29,7 @@ from irra_core.backbone import (
     patch_grid,
     read_weights,
 )
-from irra_core.model import IRRA, build_model
+from irra_core.model import IRRA
 from irra_core.recipes import Recipe, patch_size, read_recipe
 
 FORMAT = "irra-core checkpoint 1"

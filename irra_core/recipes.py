@@ -244,7 +244,7 @@ def patch_size(backbone: str) -> int | None:
     """Side of a backbone's patches in pixels; None for a name that is unknown or cannot be used."""
     if backbone == "small":
         return SMALL["stride"]
-    config = _open_clip_models().get(backbone)
+    config = open_clip_models().get(backbone)
     return config["vision_cfg"].get("patch_size", 16) if config and not unsuited(config) else None
 
 
@@ -282,7 +282,7 @@ def own_file(dataset: str) -> Path | None:
 
 def backbones() -> list[str]:
     """`small` and every open_clip model that IRRA can use; read from its files, so that torch is not imported."""
-    return ["small", *sorted(name for name, config in _open_clip_models().items() if not unsuited(config))]
+    return ["small", *sorted(name for name, config in open_clip_models().items() if not unsuited(config))]
 
 
 # The options of open_clip's two encoders that the forward pass follows; it would silently ignore any other.
@@ -309,7 +309,7 @@ def unsuited(config: Mapping[str, Any]) -> str | None:
 
 
 @functools.cache
-def _open_clip_models() -> dict[str, dict[str, Any]]:
+def open_clip_models() -> dict[str, dict[str, Any]]:
     """Name → configuration of every model that open_clip knows."""
     folder = Path(importlib.util.find_spec("open_clip").submodule_search_locations[0]) / "model_configs"
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
@@ -326,7 +326,7 @@ def _check_backbone(recipe: Recipe) -> None:
         if recipe.pretrained not in ("general", "none") and not Path(recipe.pretrained).suffix:
             raise unknown("pretrained", recipe.pretrained, ("general", "none", "the path of a weights file"))
         return
-    models = _open_clip_models()
+    models = open_clip_models()
     if recipe.backbone not in models:
         raise unknown("backbone", recipe.backbone, backbones())
     if reason := unsuited(models[recipe.backbone]):

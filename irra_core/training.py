@@ -20,12 +20,12 @@ from torch import Tensor
 from irra_core import runs
 from irra_core.annotations import hold_out, photo_table
 from irra_core.augmentation import on_device, resides
-from irra_core.backbone import read_weights
+from irra_core.backbone import build_model, read_weights
 from irra_core.batches import ALONE, Batch, Batches, Team
 from irra_core.checkpoints import last_state, load_checkpoint, load_weights, save_checkpoint, save_state, save_tensors
 from irra_core.evaluation import Evaluation, evaluate, gain, scores
 from irra_core.images import image_array, left_out
-from irra_core.model import IRRA, build_model
+from irra_core.model import IRRA
 from irra_core.objective import Objective, gradient_norm, half_weights, step_precision
 from irra_core.recipes import PLAIN, Recipe, check_processes
 from irra_core.settings import progress_bar

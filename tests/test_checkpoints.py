@@ -63,7 +63,7 @@ def no_memory(monkeypatch):
         assert torch.empty(0).is_meta, "a model was built in memory before it was compared with the file"
         return new_clip(*given, **named)
 
-    monkeypatch.setattr("irra_core.model.new_clip", built)
+    monkeypatch.setattr("irra_core.backbone.new_clip", built)
 
 
 LIES = [

@@ -1,15 +1,18 @@
-"""The fast forward pass against open_clip's and torch's own, one pair at a time: values, gradients, attention."""
+"""The forward pass against open_clip's and torch's own, one pair at a time: values, gradients, attention."""
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from open_clips import their_clip, their_image_tokens, their_text_tokens
 from torch.nn import functional as F
 
 import irra_core as irra
-from irra_core.backbone import new_clip
-from irra_core.model import IRRA, seeded
+from irra_core.backbone import new_clip, seeded
+from irra_core.model import IRRA
 from irra_core.synthetic.pretraining import general_weights
 
 KINDS = ("cross", "co", "merged")
@@ -46,24 +49,21 @@ def pairs():
     return images, tokens, tokens.masked_fill(labels != 0, MASK), labels
 
 
-def slow_text(clip, tokens):
+def slow_text(model, tokens):
     """All projected tokens of one caption by open_clip's own modules."""
-    states = clip.token_embedding(tokens[None]) + clip.positional_embedding[: len(tokens)]
-    states = clip.transformer(states, attn_mask=clip.attn_mask[: len(tokens), : len(tokens)])
-    return (clip.ln_final(states) @ clip.text_projection)[0]
+    return their_text_tokens(their_clip(CONFIG, model.clip), tokens[None])[0]
 
 
-def slow_image(clip, image):
+def slow_image(model, image):
     """All projected tokens of one photo by open_clip's own modules."""
-    visual = clip.visual
-    return (visual.ln_post(visual.transformer(visual._embeds(image[None]))) @ visual.proj)[0]
+    return their_image_tokens(their_clip(CONFIG, model.clip), image[None])[0]
 
 
 def slow_words(model, image, tokens):
     """Word scores of one masked caption: padding cut off, or filled up to 77 where it is attended to."""
     length = int(tokens.argmax()) + 1
     tokens = F.pad(tokens, (0, 77 - len(tokens))) if model.padding_attention else tokens[:length]
-    words, patches = slow_text(model.clip, tokens), slow_image(model.clip, image)
+    words, patches = slow_text(model, tokens), slow_image(model, image)
     return model.mlm_head(model.interaction(words[None], patches[None]))[0]
 
 
@@ -71,7 +71,7 @@ def slow_loss(model, images, tokens, masked_tokens, labels):
     """A loss that needs every part of Features, from the slow pieces."""
     total = 0
     for image, caption, masked, label in zip(images, tokens, masked_tokens, labels, strict=True):
-        seen, read = slow_image(model.clip, image)[0], slow_text(model.clip, caption)[int(caption.argmax())]
+        seen, read = slow_image(model, image)[0], slow_text(model, caption)[int(caption.argmax())]
         for features in (seen, read):
             total = total + features.sin().sum() + model.classifier(features).square().sum()
         scores = slow_words(model, image, masked)
@@ -146,10 +146,11 @@ def test_masked_word_scores_come_row_by_row_with_their_words(pairs):
 def test_features_are_open_clips_own(pairs):
     images, tokens, *_ = pairs
     model = small()
-    torch.testing.assert_close(model.encode_image(images), model.clip.encode_image(images), rtol=1e-9, atol=1e-9)
+    theirs = their_clip(CONFIG, model.clip)
+    torch.testing.assert_close(model.encode_image(images), theirs.encode_image(images), rtol=1e-9, atol=1e-9)
     whole = F.pad(tokens, (0, 65))
     for given in (tokens, whole):
-        torch.testing.assert_close(model.encode_text(given), model.clip.encode_text(whole), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(model.encode_text(given), theirs.encode_text(whole), rtol=1e-9, atol=1e-9)
 
 
 def test_the_global_features_are_the_class_token_and_the_end_token(pairs):
@@ -331,3 +332,14 @@ def test_each_encoder_runs_once_where_lengths_agree(lengths, passes, pairs):
         block.register_forward_hook(lambda *_, name=name: calls.append(name))
     model(*batch)
     assert (calls.count("text"), calls.count("image")) == (passes, 1)
+
+
+def test_importing_the_model_loads_no_library_that_it_can_do_without():
+    heavy = ("open_clip", "torchvision", "timm", "huggingface_hub", "resvg_py", "faiss", "matplotlib", "torch._dynamo")
+    source = (
+        "import sys, irra_core as irra, irra_core.model, irra_core.backbone\n"
+        "irra.build_model(irra.recipe(pretrained='none'), 2)\n"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

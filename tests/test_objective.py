@@ -150,16 +150,15 @@ def test_pieces_of_a_batch_are_the_batch_in_order():
         assert torch.equal(torch.cat([getattr(piece, name) for piece in pieces]), getattr(batch, name))
     assert all(torch.equal(piece.all_pids, batch.pids) for piece in pieces)
     assert {int(piece.word_count) for piece in pieces} == {int((batch.labels != 0).sum())}
-    for name in ("lengths", "words_each"):
-        assert [len(getattr(piece, name)) for piece in pieces] == [3, 3, 1]
-        assert sum((getattr(piece, name) for piece in pieces), ()) == getattr(batch, name)
+    assert [len(piece.words_each) for piece in pieces] == [3, 3, 1]
+    assert sum((piece.words_each for piece in pieces), ()) == batch.words_each
 
 
 @pytest.mark.parametrize("size", [None, 3])
 @pytest.mark.parametrize("case", ["every loss", "co", "merged", "released"])
 def test_a_batch_that_does_not_say_where_its_words_are_learns_the_same_bit_for_bit(case, size):
     found = []
-    for unknown in ({}, {"words_each": None, "lengths": None}):
+    for unknown in ({}, {"words_each": None}):
         recipe, model, batches = setting(case, False, micro_batch=size)
         found.append((Objective(model, recipe, "fp32")(replace(batches.at(0), **unknown)), gradients(model)))
     (parts, first), (their_parts, their_first) = found

@@ -12,11 +12,12 @@ from torch.nn import functional as F
 
 from irra_core.augmentation import normalise
 from irra_core.images import image_array, open_photo
-from irra_core.interaction import CrossEncoder, attend, norm, run_block
+from irra_core.interaction import CrossEncoder
 from irra_core.model import IRRA
 from irra_core.synthetic.captions import things_named
 from irra_core.synthetic.people import attributes
 from irra_core.text import END_ID, MASK_ID, START_ID, detokenize_words, tokenize, trim
+from irra_core.transformer import attend
 
 CHUNK = 128  # captions read at once
 WINDOWS = (12, 4)  # rows and columns of the squares that drop-one-patch covers: a hand or a shoe of a pedestrian
@@ -128,13 +129,10 @@ def rollout(
         raise ValueError(f"rollout follows text blocks behind the image: {type(encoder).__name__} has none, cross has")
     tokens, real = _attended(model, tokens)
     mask, shares = None if real is None else real[:, None, None], []
-    words, patches = (
-        norm(encoder.ln_text, model.text_tokens(tokens)),
-        norm(encoder.ln_image, model.image_tokens(images)),
-    )
+    words, patches = encoder.ln_text(model.text_tokens(tokens)), encoder.ln_image(model.image_tokens(images))
     states = attend(encoder.attention, words, patches, record=shares)
     for block in encoder.blocks:
-        states = run_block(block, states, mask, record=shares)
+        states = block(states, mask, record=shares)
     first, *later = (layer.mean(1) for layer in shares)
     for layer in later:
         first = (first + layer @ first) / 2

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from irra_core.backbone import check_weights, learned, new_clip, patch_grid, read_weights, unwrapped
-from irra_core.checkpoints import filled, replaced
+from irra_core.checkpoints import filled, replaced, weights_of
 from irra_core.interaction import CrossEncoder
 from irra_core.model import IRRA
-from irra_core.variants.adapters import merged
+from irra_core.transformer import QuickGELU
 
 # Our prefix → the released code's; a name with none of these prefixes is the same in both.
 RELEASED_NAMES = {
@@ -72,8 +72,6 @@ def save_official(model: IRRA, path: str | Path) -> None:
     The released code lets words attend to padding, whatever this model does. Raises ValueError for a model that the
     released code cannot hold: another interaction encoder, activation or width of heads.
     """
-    from open_clip.transformer import QuickGELU
-
     blocks = [*model.clip.visual.transformer.resblocks, *model.clip.transformer.resblocks]
     if not isinstance(model.interaction, CrossEncoder | None):
         raise ValueError(f"the released code has no {type(model.interaction).__name__}: only interaction 'cross'")
@@ -81,7 +79,7 @@ def save_official(model: IRRA, path: str | Path) -> None:
         raise ValueError("the released code computes QuickGELU, this model GELU: only -quickgelu backbones fit")
     if not all(block.attn.head_dim == _HEAD_WIDTH for block in blocks):
         raise ValueError(f"the released code has heads of width {_HEAD_WIDTH}, this model has others")
-    state = {released_name(name): value for name, value in learned(merged(model)).items()}
+    state = {released_name(name): value for name, value in learned(weights_of(model)).items()}
     with replaced(path) as aside:
         torch.save({"model": state}, aside)
 

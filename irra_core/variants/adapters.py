@@ -1,17 +1,18 @@
 """CLIP and a recipe → the same CLIP of which less learns: encoders frozen, or with low-rank adapters.
 
 peft cannot serve here: it adds its change in the forward pass of the module that it wraps, and this library reads
-matrices directly (an attention's in_proj_weight in parts, feed-forward weights times a constant). torch's own
-parametrisation gives the changed matrix to whoever reads it.
+matrices directly (an attention's in_proj_weight in parts). torch's own parametrisation gives the changed matrix to
+whoever reads it.
 """
 
 from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
-from open_clip.model import CLIP
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+from irra_core.transformer import CLIP
 
 MATRICES = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # of a block
 
@@ -51,7 +52,7 @@ def limit_learning(clip: CLIP, frozen: str, rank: int) -> None:
 
 
 def _add_adapters(blocks: nn.ModuleList, rank: int) -> None:
-    """Give each matrix of open_clip's transformer blocks a low-rank change."""
+    """Give each matrix of transformer blocks a low-rank change."""
     for block in blocks:
         for place in MATRICES:
             owner, _, name = place.rpartition(".")

@@ -16,7 +16,8 @@ from irra_core.analysis.explanations import (
 )
 from irra_core.annotations import load_annotations
 from irra_core.augmentation import load_images
-from irra_core.model import IRRA, build_model
+from irra_core.backbone import build_model
+from irra_core.model import IRRA
 from irra_core.recipes import recipe
 from irra_core.synthetic.people import attributes, make_synthetic
 from irra_core.text import MASK_ID, tokenize, trim

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import irra_core as irra
-from irra_core.backbone import new_clip
-from irra_core.model import IRRA, seeded
+from irra_core.backbone import new_clip, seeded
+from irra_core.model import IRRA
 from irra_core.released import checkpoint
 from irra_core.released.checkpoint import released_name
 

@@ -1,4 +1,4 @@
-"""The linear map is torch's own, value and gradients, whatever the shapes; autocast, float64 and no rows included."""
+"""The faster linear map is torch's own, value and gradients, whatever the shapes, and a model needs not know of it."""
 
 import subprocess
 import sys
@@ -7,14 +7,22 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from irra_core.scale import linear as module
-from irra_core.scale.linear import Linear, keep_freed_memory, linear
+import irra_core as irra
+from irra_core.scale import cpu
+from irra_core.scale.cpu import accelerated, keep_freed_memory
 
+CPU = torch.device("cpu")
 SHAPES = {"rows": (7, 5), "a batch": (3, 4, 5), "one vector": (5,), "no rows": (0, 5), "four axes": (2, 1, 3, 5)}
 
 
 def drawn(*shape, dtype=torch.float64):
     return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(len(shape)))
+
+
+def linear(*given):
+    """torch's linear map as a model calls it while the faster one is asked for."""
+    with accelerated(CPU):
+        return F.linear(*given)
 
 
 @pytest.fixture
@@ -23,11 +31,11 @@ def processor(monkeypatch):
 
     def with_instructions(name):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: name)
-        module._usable.cache_clear()
+        cpu._usable.cache_clear()
 
     yield with_instructions
     monkeypatch.undo()
-    module._usable.cache_clear()
+    cpu._usable.cache_clear()
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -49,18 +57,24 @@ def test_values_and_gradients_are_those_of_the_product_in_double_precision(shape
 
 def test_the_other_library_is_taken_in_float32_alone_and_with_avx512(monkeypatch, processor):
     processor("AVX2")
-    assert not module._usable()
+    assert not cpu._usable()
     processor("AVX512")
-    if not module._usable():
+    if not cpu._usable():
         pytest.skip("no oneDNN in this torch")
     calls = []
-    monkeypatch.setattr(module, "_product", lambda *given: calls.append(given) or F.linear(*given))
+    product = cpu._product
+    monkeypatch.setattr(cpu, "_product", lambda *given: calls.append(given) or product(*given))
     tokens, weight = drawn(4, 5, dtype=torch.float32), drawn(6, 5, dtype=torch.float32)
     linear(tokens, weight)
     assert len(calls) == 1
     linear(tokens.double(), weight.double())
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(tokens, weight).dtype == torch.bfloat16
+    with accelerated(CPU), torch.autocast("cpu", torch.bfloat16):
+        assert F.linear(tokens, weight).dtype == torch.bfloat16
+    with accelerated(torch.device("cuda")):
+        F.linear(tokens, weight)
+    F.linear(tokens, weight)
     assert len(calls) == 1
 
 
@@ -79,17 +93,34 @@ def test_what_does_not_learn_gets_no_gradient():
     assert torch.allclose(weight.grad, tokens.sum(0).expand(6, -1), atol=1e-5)
 
 
-def test_the_layer_has_the_weights_of_torchs_own():
-    ours, theirs = Linear(5, 6), torch.nn.Linear(5, 6)
-    ours.load_state_dict(theirs.state_dict())
-    tokens = drawn(4, 5, dtype=torch.float32)
-    assert torch.allclose(ours(tokens), theirs(tokens), atol=1e-6)
+def test_a_model_gives_the_same_features_and_gradients_and_every_linear_map_is_the_faster_one(monkeypatch, processor):
+    processor("AVX512")
+    if not cpu._usable():
+        pytest.skip("no oneDNN in this torch")
+    model, calls, product = irra.build_model(irra.recipe(pretrained="none"), 3), [], cpu._product
+    monkeypatch.setattr(cpu, "_product", lambda *given: calls.append(given) or product(*given))
+    images, tokens = drawn(2, 3, 96, 32, dtype=torch.float32), torch.tensor([[49406, 320, 49407], [49406, 518, 49407]])
+    labels, found = torch.tensor([[0, 320, 0], [0, 518, 0]]), []
+    before = list(model.state_dict())
+    for faster in (False, True):
+        model.zero_grad()
+        with accelerated(CPU if faster else torch.device("cuda")):
+            features = model(images, tokens, tokens, labels)
+        in_encoders, in_the_rest = 3 * 4 + 2 * 4 + 4 + 5 + 3, 3 + 3 * 4 + 5 + 2 + 2  # blocks and projections; all else
+        assert len(calls) == (in_encoders + in_the_rest) * faster
+        made = [value for value in vars(features).values() if value is not None and value.is_floating_point()]
+        sum(value.sin().sum() for value in made).backward()
+        found.append([*(value.detach() for value in made), *(parameter.grad for parameter in model.parameters())])
+    assert len(calls) > 2 * (in_encoders + in_the_rest)  # the gradients too
+    for plain, faster in zip(*found, strict=True):
+        assert (faster - plain).norm() <= 1e-4 * plain.norm() + 1e-6
+    assert list(model.state_dict()) == before
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator is Linux's")
 def test_a_process_that_keeps_its_memory_asks_for_new_pages_once():
     source = (
-        "import resource, torch; from irra_core.scale.linear import keep_freed_memory\n"
+        "import resource, torch; from irra_core.scale.cpu import keep_freed_memory\n"
         "if {keep}: keep_freed_memory()\n"
         "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "for _ in range(12): torch.ones(2**24)\n"  # 64 MiB
@@ -103,3 +134,9 @@ def test_a_process_that_keeps_its_memory_asks_for_new_pages_once():
         counts.append(int(subprocess.run(command, capture_output=True, text=True).stdout))
     if keep_freed_memory():
         assert counts[0] < counts[1] / 5
+
+
+def test_building_a_model_leaves_the_processs_memory_settings_alone():
+    keep_freed_memory.cache_clear()
+    irra.build_model(irra.recipe(pretrained="none"), 3)
+    assert keep_freed_memory.cache_info().currsize == 0

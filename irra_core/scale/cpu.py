@@ -1,36 +1,54 @@
-"""Activations and weights → their linear map, on a CPU by the faster of torch's two libraries; memory that is kept.
+"""Linear maps by the faster of torch's two libraries, and memory that is kept: what speeds up a model on a CPU.
 
-Both are for speed alone: without them the same numbers come out, to rounding (measured on an AMD EPYC with AVX-512).
+The model knows of neither: `accelerated` is entered around its forward pass. Results differ by rounding (measured on an
+AMD EPYC with AVX-512).
 """
 
 import ctypes
 import functools
 import sys
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 # torch multiplies float32 by MKL, which takes AVX2 on AMD's processors where oneDNN takes AVX-512: 110 against 235
-# GFLOP/s a core for ViT-B/16's layers. This is oneDNN's own entry. Intel's processors are as fast by either; those
+# GFLOP/s per core for ViT-B/16's layers. This is oneDNN's own entry. Intel's processors are as fast by either; those
 # without AVX-512 are slower by oneDNN, of transposed matrices by a third (measured on an AMD EPYC with AVX2).
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 KEPT = 2**30  # bytes; smaller allocations come from memory that is kept, larger ones from the system, each time new
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
-def linear(
-    tokens: Float[Tensor, "*batch dim"], weight: Float[Tensor, "out dim"], bias: Float[Tensor, " out"] | None = None
-) -> Float[Tensor, "*batch out"]:
-    """tokens · weightᵀ + bias, as torch's own; in float32 on a CPU, with AVX-512 and outside autocast, by oneDNN."""
+def accelerated(device: torch.device) -> AbstractContextManager:
+    """Within, F.linear in float32 on a CPU with AVX-512, and its gradients, are computed by oneDNN.
+
+    On a CPU the process keeps the memory that it frees from then on. Has no effect on other devices, nor on linear maps
+    under autocast: enter it inside autocast.
+    """
+    if device.type != "cpu":
+        return nullcontext()
+    keep_freed_memory()
+    return nullcontext() if torch.is_autocast_enabled("cpu") or not _usable() else _FasterLinear()
+
+
+class _FasterLinear(TorchFunctionMode):
+    """Takes calls of F.linear, those of nn.Linear included, to oneDNN where it can compute them."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.linear and not kwargs and _suits(*args):
+            return _Linear.apply(*args, *[None] * (3 - len(args)))
+        return function(*args, **(kwargs or {}))
+
+
+def _suits(tokens: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """True of single precision numbers in the main memory, outside autocast."""
     float32 = tokens.dtype == weight.dtype == torch.float32
-    if not float32 or tokens.device.type != "cpu" or not tokens.numel() or not _usable():
-        return F.linear(tokens, weight, bias)
-    if torch.is_autocast_enabled("cpu"):
-        return F.linear(tokens, weight, bias)
-    return _Linear.apply(tokens, weight, bias)
+    return float32 and tokens.device.type == "cpu" and tokens.numel() > 0 and not torch.is_autocast_enabled("cpu")
 
 
 @functools.cache
@@ -66,13 +84,6 @@ class _Linear(torch.autograd.Function):
         of_tokens = _product(gradient, weight.t()) if wanted[0] else None
         of_weight = _product(rows.t(), tokens.reshape(-1, tokens.shape[-1]).t()) if wanted[1] else None
         return of_tokens, of_weight, rows.sum(0) if wanted[2] else None
-
-
-class Linear(nn.Linear):
-    """nn.Linear by `linear`."""
-
-    def forward(self, tokens: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch out"]:
-        return linear(tokens, self.weight, self.bias)
 
 
 @functools.cache

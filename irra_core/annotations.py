@@ -19,6 +19,7 @@ from irra_core.settings import data_root, project_root, short, unknown
 SPLITS = ("train", "val", "test")
 PATH_FIELDS = ("file_path", "img_path")  # CUHK-PEDES and ICFG-PEDES use the first, RSTPReid the second
 RECORD = '{"split": "train", "captions": ["…"], "file_path" or "img_path": "…", "id": 1}'
+BAD_CHARACTERS = re.compile("[\0\ud800-\udfff]")  # no file name and no UTF-8 text holds one
 SHOWN = 20  # bad records that one error lists
 SAMPLE = 8  # images whose files are looked for here; check_annotations and the image array look for all
 
@@ -193,7 +194,7 @@ def _check_text(field: str, value: Any) -> None:
     """Raise ValueError for what is not a text, or cannot be encoded."""
     if not isinstance(value, str):
         raise ValueError(f"{field} is {shown(value)}: expected is a text")
-    if re.search("[\0\ud800-\udfff]", value):
+    if BAD_CHARACTERS.search(value):
         what = "a NUL character" if "\0" in value else "half a surrogate pair"
         raise ValueError(f"{field} {shown(value)} holds {what}: write it again without")
 

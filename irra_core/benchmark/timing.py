@@ -12,6 +12,7 @@ import torch
 from pandas import DataFrame
 
 from irra_core import runs
+from irra_core.backbone import build_model
 from irra_core.batches import Batches
 from irra_core.benchmark.workloads import (
     LIMIT_SIZES,
@@ -24,7 +25,6 @@ from irra_core.benchmark.workloads import (
     precisions,
     seconds_of,
 )
-from irra_core.backbone import build_model
 from irra_core.model import IRRA
 from irra_core.objective import loss_parts
 from irra_core.recipes import recipe
@@ -122,10 +122,11 @@ def _step_parts(batches: Batches, number: int, model: IRRA, optimiser, precision
     spent = dict.fromkeys(PARTS, 0.0)
     inner = (
         (model, "image_tokens", "image encoder"),
-        (model, "_caption_and_masked_words", "text encoder"),
+        (model.clip, "begin_text", "text encoder"),
+        (model.clip, "finish_text", "text encoder"),
         (model.interaction, "forward", "interaction encoder"),
         (model.mlm_head, "forward", "MLM head"),
-        (model, "_identities", "identities"),
+        (model.classifier, "forward", "identities"),
     )
     made: dict[str, Any] = {}
     spent["data"] = seconds_of(lambda: made.update(batch=batches.at(number)), device)
@@ -135,7 +136,7 @@ def _step_parts(batches: Batches, number: int, model: IRRA, optimiser, precision
         forward = seconds_of(
             lambda: made.update(parts=loss_parts(model, made["batch"], batches.recipe, precision)), device
         )
-    spent["losses"] = forward - sum(spent[part] for _, _, part in inner)
+    spent["losses"] = forward - sum(spent[part] for part in {part for _, _, part in inner})
     loss = torch.stack(list(made["parts"].values())).sum()
     optimiser.zero_grad(set_to_none=True)
     spent["backward"] = seconds_of(loss.backward, device)

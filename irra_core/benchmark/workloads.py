@@ -27,16 +27,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from irra_core import runs
 from irra_core.annotations import photo_table
+from irra_core.backbone import build_model
 from irra_core.batches import Batch, Batches
 from irra_core.evaluation import encode_images, evaluate
 from irra_core.images import forget, image_array, open_annotations, open_photo
 from irra_core.metrics import query_metrics_from_features, retrieval_metrics
-from irra_core.backbone import build_model
 from irra_core.model import IRRA
-from irra_core.objective import Objective, computes_bf16, loss_parts, step_precision
+from irra_core.objective import Objective, autocast, computes_bf16, loss_parts, step_precision
 from irra_core.recipes import Recipe, recipe
 from irra_core.released import clone as released
-from irra_core.scale.linear import linear
 from irra_core.settings import cache_root, cores, smoke
 from irra_core.text import tokenize
 from irra_core.training import build_optimiser, optimise
@@ -151,7 +150,8 @@ def measure_limits(device: torch.device) -> dict[str, float]:
     for name in precisions(device):
         dtype = torch.bfloat16 if name == "bf16" else torch.float32
         left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        seconds = interleave({"product": lambda a=left, b=right: linear(a, b)}, 10, device)["product"]
+        with autocast(device, name):  # by the library that a model's linear maps are computed with
+            seconds = interleave({"product": lambda a=left, b=right: F.linear(a, b)}, 10, device)["product"]
         found[name] = 2 * side**3 / min(seconds)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

@@ -1,5 +1,6 @@
 """The works are timed in turns, compared before they are timed, and judged by their targets."""
 
+import contextlib
 import json
 import time
 
@@ -11,6 +12,7 @@ import irra_core as irra
 from irra_core.benchmark import workloads
 from irra_core.benchmark.workloads import Bench, Row, Target
 from irra_core.released import clone as released
+from irra_core.scale.cpu import faster_linear
 
 CPU = torch.device("cpu")
 SMALL = {"batch": 4, "batches": 2, "queries": 40, "gallery": 20, "people": 10, "features": 60}
@@ -109,6 +111,18 @@ def test_a_step_is_timed_in_the_precisions_that_the_device_has_and_its_arithmeti
         assert row.other is None
         flops = row.reached * torch.tensor(row.ours).median().item()
         assert 1e8 < flops < 1e11
+
+
+@pytest.mark.parametrize("context", ["plain", "oneDNN"])
+def test_the_arithmetic_of_a_linear_map_and_its_gradients_is_counted(context):
+    tokens, weight = torch.randn(2, 5, 7, requires_grad=True), torch.randn(11, 7, requires_grad=True)
+    faster = faster_linear(CPU) if context == "oneDNN" else contextlib.nullcontext()  # plain too without AVX-512
+    with workloads.counting() as counted:
+        with faster:
+            product = torch.nn.functional.linear(tokens, weight)
+        assert counted.get_total_flops() == 2 * 10 * 7 * 11
+        product.sum().backward()
+    assert counted.get_total_flops() == 3 * 2 * 10 * 7 * 11
 
 
 def test_peak_memory_is_what_was_held_at_most_since_it_was_forgotten():

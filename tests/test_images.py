@@ -360,6 +360,7 @@ def test_a_table_keeps_what_was_left_out_of_it_through_parquet_and_selections(tm
     with pytest.warns(UserWarning, match="2 images"):
         table = leave_out_unreadable(of_people(paths), small)
     assert left_out(of_people(paths)).empty
+    assert left_out(table).path.tolist() == [paths[7], paths[9]]
     table.to_parquet(tmp_path / "table.parquet")
     read = pd.read_parquet(tmp_path / "table.parquet")
     for later in (read, table[table.split == "test"], hold_out(table), table.assign(split="train")):
@@ -390,6 +391,9 @@ def test_of_the_photos_that_could_not_be_decoded_those_alone_are_tried_again(tmp
         image_array(first.path.drop_duplicates(), 16, 16)
     assert tried == list(whole)
     write(paths[9], whole[paths[9]])
+    others = [path for path in paths if path != paths[30]]
+    expected = image_array(others, 16, 16).digest
+    assert module.readable_images(paths, 16, 16).digest == expected == digest_of(others, 16, 16)
     with pytest.warns(UserWarning, match="1 image"):
         leave_out_unreadable(of_people(paths), small)
     write(paths[30], whole[paths[30]])

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from irra_core.model import IRRA
 from irra_core.recipes import Recipe, check_patches, open_clip_models, unsuited
-from irra_core.settings import project_root, unknown
+from irra_core.settings import find_file, project_root, unknown
 from irra_core.transformer import CLIP
 
 # The little CLIP of the synthetic recipe; its vocabulary and context are CLIP's.
@@ -129,6 +129,13 @@ def resize_positions(
     return torch.cat([embedding[:1], grid.flatten(2)[0].T])
 
 
+def made_general(progress=None) -> Path:
+    """The file of the small CLIP's `general` weights, pretrained first if absent."""
+    from irra_core.synthetic.pretraining import pretrained_general
+
+    return pretrained_general(progress)
+
+
 def _pretrained_file(recipe: Recipe, general: Path | None) -> Path:
     """The weights file that `pretrained` stands for, downloaded by open_clip if it is a tag."""
     if recipe.pretrained == "general":
@@ -142,10 +149,9 @@ def _pretrained_file(recipe: Recipe, general: Path | None) -> Path:
             )
         return path
     if Path(recipe.pretrained).suffix in WEIGHT_SUFFIXES:
-        for folder in (Path.cwd(), project_root()):
-            if (folder / recipe.pretrained).is_file():
-                return folder / recipe.pretrained
-        raise FileNotFoundError(f"pretrained {recipe.pretrained!r}: there is no such file in {Path.cwd()}")
+        if (file := find_file(recipe.pretrained)) is None:
+            raise FileNotFoundError(f"pretrained {recipe.pretrained!r}: there is no such file in {Path.cwd()}")
+        return file
     return download(recipe.backbone, recipe.pretrained)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from irra_core import runs
 from irra_core.annotations import hold_out, photo_table
 from irra_core.augmentation import on_device, resides
-from irra_core.backbone import build_model, read_weights
+from irra_core.backbone import build_model, made_general, read_weights
 from irra_core.batches import ALONE, Batch, Batches, Team
 from irra_core.checkpoints import last_state, load_checkpoint, load_weights, save_checkpoint, save_state, save_tensors
 from irra_core.evaluation import Evaluation, evaluate, gain, scores
@@ -190,7 +190,6 @@ class _Run:
         self, recipe: Recipe, annotations: DataFrame, pixels: np.ndarray, folder: Path, progress, team: Team = ALONE
     ):
         from irra_core.synthetic.people import twin_pids
-        from irra_core.synthetic.pretraining import pretrained_general
 
         self.recipe, self.annotations, self.pixels = recipe, annotations, pixels
         self.folder, self.progress, self.team = folder, progress, team
@@ -198,7 +197,7 @@ class _Run:
         table = annotations[annotations.split == "train"].reset_index(drop=True)
         near = on_device(pixels, self.device) if resides(pixels, self.device) else pixels
         self.batches = Batches(table, near, tokenize(table.caption.tolist()), recipe, self.device)
-        self.general = pretrained_general(progress) if recipe.pretrained == "general" else None
+        self.general = made_general(progress) if recipe.pretrained == "general" else None
         self.model = self.initial_model(recipe).to(self.device)
         self.precision = step_precision(recipe.precision, self.device)
         if self.precision == "fp16":

@@ -33,6 +33,7 @@ _HOMES = {  # module below irra_core: the names that it gives
     "benchmark": "benchmark",
     "studies": "studies",
     "studies.comparison": "comparison",
+    "analysis": "analysis",
     "analysis.leaks": "leaks",
     "studies.transfer": "transfer",
     "analysis.plots": "plots",

@@ -130,24 +130,6 @@ def open_checkpoint(
     return load_official(path, (height or 384, width or 128), stride or 16), None
 
 
-def describe(model: IRRA, recipe: Recipe | None = None) -> dict[str, object]:
-    """Sizes and parts of a model in the words of the recipe; `trained on` where a recipe tells."""
-    visual, mlm, text = model.clip.visual, model.interaction, model.clip.transformer
-    return {
-        "image height × width (pixels)": "×".join(map(str, model.image_size)),
-        "patch and stride (pixels)": f"{visual.patch_size[0]} and {visual.conv1.stride[0]}",
-        "image encoder": f"{len(visual.transformer.resblocks)} blocks of width {visual.conv1.out_channels}",
-        "text encoder": f"{len(text.resblocks)} blocks of width {model.clip.text_projection.shape[0]}",
-        "feature width": model.clip.text_projection.shape[1],
-        "vocabulary": model.clip.vocab_size,
-        "identities of the classifier": model.classifier.out_features if model.classifier is not None else "none",
-        "interaction encoder": "none" if mlm is None else f"{type(mlm).__name__}, {len(mlm.blocks)} blocks",
-        "words attend to padding": model.padding_attention,
-        "parameters (millions)": round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
-        "trained on": recipe.dataset if recipe else "not recorded in the file",
-    }
-
-
 def load_weights(model: IRRA, path: str | Path) -> None:
     """Fill a model with the weights of its checkpoint. Raises ValueError naming each tensor that does not fit."""
     tensors = learned(read_weights(path)[0])

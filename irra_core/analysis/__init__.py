@@ -7,5 +7,6 @@ _HOMES = {
         "KINDS means by_attribute pair_kinds pair_similarities separation answers contradictions length_groups "
         "reliability calibration_error calibrated_temperature"
     ),
+    "description": "describe",
 }
 __getattr__, __dir__, __all__ = lazily(__name__, _HOMES)

@@ -113,8 +113,8 @@ def test_evaluate_scores_a_released_checkpoint_with_no_other_argument(tmp_path):
     import torch
 
     from irra_core.backbone import new_clip
-    from irra_core.released.checkpoint import save_official
     from irra_core.model import IRRA
+    from irra_core.released.checkpoint import save_official
 
     config = {
         "embed_dim": 64,

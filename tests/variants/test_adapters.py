@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 import irra_core as irra
 from irra_core import runs, training
 from irra_core.batches import Batch
-from irra_core.released.checkpoint import save_official
 from irra_core.objective import Objective
+from irra_core.released.checkpoint import save_official
 from irra_core.training import build_optimiser, factor_and_decay, train
 from irra_core.variants.adapters import MATRICES, is_adapter, merge, merged
 

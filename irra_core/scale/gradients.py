@@ -10,8 +10,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from irra_core.batches import Batch
 from irra_core.losses import mlm_loss, total_loss
-from irra_core.model import Features
+from irra_core.model import IRRA, Features
 from irra_core.objective import Objective, autocast, class_weight, loss_parts
+from irra_core.recipes import Recipe
 
 
 def parallel(objective: Objective) -> DistributedDataParallel:
@@ -29,17 +30,40 @@ def parallel(objective: Objective) -> DistributedDataParallel:
 
 
 class _Losses(nn.Module):
-    """The losses as a module: DistributedDataParallel has to see in its output which weights get a gradient."""
+    """The losses as a module: DistributedDataParallel has to see in its output which weights get a gradient.
+
+    It does not refer to the objective: in a cycle, the reducer's threads would outlive the process group.
+    """
 
     def __init__(self, objective: Objective):
         super().__init__()
-        self.model, self.objective = objective.model, objective
+        self.model, self.recipe = objective.model, objective.recipe
+        self.precision, self.team = objective.precision, objective.team
 
     def forward(self, batch: Batch, *of_piece: Tensor | None):
-        """`loss_parts` of a whole batch, or `_piece_loss` of a piece with its further arguments."""
+        """`loss_parts` of a whole batch, or `piece_loss` of a piece with its further arguments."""
         if of_piece:
-            return _piece_loss(self.objective, batch, *of_piece)
-        return loss_parts(self.model, batch, self.objective.recipe, self.objective.precision, self.objective.team)
+            return self.piece_loss(batch, *of_piece)
+        return loss_parts(self.model, batch, self.recipe, self.precision, self.team)
+
+    def piece_loss(
+        self, piece: Batch, gradient: Float[Tensor, "piece both"], features: Float[Tensor, "all both"] | None
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """What is differentiated for one piece, and its share of the MLM loss.
+
+        `gradient` is that of the whole batch's losses at the piece's features. With the whole batch's `features` the
+        classifier gets its gradient, too.
+        """
+        with autocast(piece.pids.device, self.precision):
+            found = self.model(*piece.inputs)
+        total = (torch.cat([found.image, found.text], 1) * gradient).sum()
+        mlm = total.new_zeros(())
+        if found.word_logits is not None:
+            mlm = mlm_loss(found.word_logits, found.word_labels, piece.word_count)
+            total = total + mlm * self.team.processes  # whose gradients are averaged
+        if features is not None and self.model.classifier is not None:
+            total = total + sum(_losses_of_features(self.model, self.recipe, features, piece).values())
+        return total, mlm.detach()
 
 
 def in_pieces(objective: Objective, batch: Batch, size: int) -> dict[str, Float[Tensor, ""]]:
@@ -49,17 +73,16 @@ def in_pieces(objective: Objective, batch: Batch, size: int) -> dict[str, Float[
     computed again and receives its part of that gradient. That costs one more forward pass.
     Source: GradCache (Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021).
     """
-    pieces, team = batch.split(size), objective.team
+    pieces, team, losses = batch.split(size), objective.team, objective.parallel or _Losses(objective)
     features, parts, gradient = _feature_gradient(objective, batch, pieces)
     mlm = features.new_zeros(())
     for number, (piece, piece_gradient) in enumerate(zip(pieces, gradient.split(size), strict=True), 1):
         last = number == len(pieces)  # only then do the processes add up their gradients
-        with nullcontext() if last or team.processes == 1 else objective.parallel.no_sync():
-            arguments = piece, piece_gradient, features if last else None
-            total, words = objective.parallel(*arguments) if objective.parallel else _piece_loss(objective, *arguments)
+        with nullcontext() if last or team.processes == 1 else losses.no_sync():
+            total, piece_mlm = losses(piece, piece_gradient, features if last else None)
             if total.requires_grad:
                 total.backward()
-        mlm += words
+        mlm += piece_mlm
     if "mlm" in objective.recipe.loss_names:
         parts["mlm"] = team.gathered(mlm[None], team.processes).sum()
     return {name: parts[name] for name in objective.recipe.loss_names}
@@ -74,39 +97,14 @@ def _feature_gradient(
         halves = [(model.encode_image(piece.images), model.encode_text(piece.tokens)) for piece in pieces]
     mine = torch.cat([torch.cat(half, 1) for half in halves]).requires_grad_()
     features = objective.team.gathered(mine, len(batch.all_pids))
-    parts = _losses_of_features(objective, features, batch)
+    parts = _losses_of_features(model, objective.recipe, features, batch)
     return features.detach(), parts, torch.autograd.grad(sum(parts.values()), mine)[0]
 
 
-def _piece_loss(
-    objective: Objective,
-    piece: Batch,
-    gradient: Float[Tensor, "piece both"],
-    features: Float[Tensor, "all both"] | None,
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """What is differentiated for one piece, and its share of the MLM loss.
-
-    `gradient` is that of the whole batch's losses at the piece's features. With the whole batch's `features` the
-    classifier gets its gradient, too.
-    """
-    model = objective.model
-    with autocast(piece.pids.device, objective.precision):
-        found = model(*piece.inputs)
-    total = (torch.cat([found.image, found.text], 1) * gradient).sum()
-    words = total.new_zeros(())
-    if found.word_logits is not None:
-        words = mlm_loss(found.word_logits, found.word_labels, piece.word_count)
-        total = total + words * objective.team.processes  # whose gradients are averaged
-    if features is not None and model.classifier is not None:
-        total = total + sum(_losses_of_features(objective, features, piece).values())
-    return total, words.detach()
-
-
 def _losses_of_features(
-    objective: Objective, features: Float[Tensor, "all both"], batch: Batch
+    model: IRRA, recipe: Recipe, features: Float[Tensor, "all both"], batch: Batch
 ) -> dict[str, Float[Tensor, ""]]:
     """The losses but MLM, from global features; a row holds image and text side by side."""
-    model, recipe = objective.model, objective.recipe
     names = [name for name in recipe.loss_names if name != "mlm"]
     found = model.classified(Features(*features.chunk(2, 1)))
     return total_loss(found, batch.all_pids, recipe, class_weight(model), names=names)

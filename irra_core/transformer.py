@@ -7,7 +7,6 @@ Radford et al., "Learning Transferable Visual Models From Natural Language Super
 import math
 from collections import OrderedDict
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from torch.nn import functional as F
 # Up to this many keys, bf16 attention on a CPU is computed in separate steps: torch's fused kernel takes three to six
 # times as long. The scores are then rounded too: the gradient's error grows from 1.7 to 2.0 % of its norm.
 EXPLICIT = 512
-NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 
 class CLIP(nn.Module):
@@ -82,9 +80,8 @@ class ImageEncoder(nn.Module):
         self.ln_post = LayerNorm(width, **options)
         self.proj = nn.Parameter(spread * torch.randn(width, dim))
 
-    def forward(
-        self, images: Float[Tensor, "batch 3 height width"], at: Int[Tensor, "batch wanted"] | None = None
-    ) -> Float[Tensor, "batch tokens dim"]:
+    def forward(self, images: Float[Tensor, "b 3 h w"], at: Int[Tensor, "b k"] | None = None) -> Float[Tensor, "b n d"]:
+        """All tokens; with `at`, only those at the given positions."""
         patches = self.conv1(images.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
         start = self.class_embedding.to(patches.dtype).expand(len(images), 1, -1)
         states = self.ln_pre(torch.cat([start, patches], dim=1) + self.positional_embedding.to(patches.dtype))
@@ -106,8 +103,9 @@ class Transformer(nn.Module):
 class ResidualAttentionBlock(nn.Module):
     """Self-attention, then feed-forward, each after a LayerNorm and added to what entered."""
 
-    def __init__(self, width: int, heads: int, quick_gelu: bool = True, config: Mapping[str, Any] = NO_OPTIONS):
+    def __init__(self, width: int, heads: int, quick_gelu: bool = True, config: Mapping[str, Any] | None = None):
         super().__init__()
+        config = config or {}
         hidden, initial = int(width * config.get("mlp_ratio", 4.0)), config.get("ls_init_value")
         options = config.get("norm_kwargs") or {}
         self.ln_1 = LayerNorm(width, **options)
@@ -157,7 +155,7 @@ class QuickGELU(nn.Module):
     """x σ(1.702 x), the activation of OpenAI's weights."""
 
     def forward(self, states: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        return F.silu(1.702 * states) / 1.702  # keeps one tensor for the gradient, the product with sigmoid two
+        return F.silu(1.702 * states) / 1.702  # keeps one tensor for the gradient; the product with sigmoid, two
 
 
 def initialise(module: nn.Module, width: int, depth: int) -> None:
@@ -201,8 +199,6 @@ def attend(
     return F.linear(found.transpose(1, 2).flatten(2), layer.out_proj.weight, layer.out_proj.bias)
 
 
-def pick(
-    tokens: Float[Tensor, "batch length dim"], at: Int[Tensor, "batch wanted"]
-) -> Float[Tensor, "batch wanted dim"]:
+def pick(tokens: Float[Tensor, "batch n dim"], at: Int[Tensor, "batch k"]) -> Float[Tensor, "batch k dim"]:
     """The tokens at the given positions of each row."""
     return tokens.gather(1, at[..., None].expand(-1, -1, tokens.shape[-1]))

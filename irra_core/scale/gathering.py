@@ -8,7 +8,7 @@ from irra_core.batches import Team
 
 
 class Gathered(torch.autograd.Function):
-    """all_gather of parts that may differ by a row; backward all_reduce, and the own part of it."""
+    """all_gather of parts whose lengths may differ by one; backward: all_reduce, then this process's part."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, team: Team, count: int) -> Tensor:

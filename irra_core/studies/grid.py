@@ -1,4 +1,4 @@
-"""A question → a grid of runs, each made once by the train notebook."""
+"""A study → a grid of runs, each executed once by the train notebook."""
 
 import os
 import statistics
@@ -32,7 +32,7 @@ LOOK_EVERY = 0.5  # seconds between two looks at the running notebooks
 
 @dataclass(frozen=True)
 class Study:
-    """One question, and the recipes whose comparison answers it: name → what sets each apart from the base."""
+    """One question, and the recipes whose comparison answers it: name → the fields that differ from the base."""
 
     question: str
     reference: str
@@ -40,7 +40,7 @@ class Study:
 
 
 def _losses(*names: str) -> dict[str, dict[str, Any]]:
-    """Variants that are called by their losses."""
+    """Variants named after their losses."""
     return {name: {"losses": name} for name in names}
 
 
@@ -95,10 +95,10 @@ STUDIES: dict[str, Study] = {
 
 
 def plan(study: str | Study, dataset: str = "synthetic", seeds: int = 3, **overrides: Any) -> DataFrame:
-    """The runs of a study, a row each: `variant, seed, recipe`.
+    """The runs of a study, one row per run: `variant, seed, recipe`.
 
-    Rendered data sets take the preset `study`, others `paper`, unless one is given. With IRRA_SMOKE=1 the reference,
-    one other variant and one seed are left. Raises ValueError for an unknown study, or an override of what it varies.
+    Rendered data sets take the preset `study`, others `paper`, unless one is given. IRRA_SMOKE=1 leaves the reference,
+    one other variant and one seed. Raises ValueError for an unknown study, or an override of what it varies.
     """
     if isinstance(study, str):
         if study not in STUDIES:
@@ -124,7 +124,7 @@ def plan(study: str | Study, dataset: str = "synthetic", seeds: int = 3, **overr
 
 @dataclass
 class _Job:
-    """One run of the grid: where it lives and how far it is."""
+    """One run of the grid: its folder and its progress."""
 
     recipe: Recipe
     folder: Path | None = None
@@ -138,9 +138,9 @@ class _Job:
 
 
 def _jobs(recipes: Iterable[Recipe], data_root: str | Path | None, progress) -> dict[Recipe, _Job]:
-    """A job a different recipe, with its folder; data are rendered and decoded here, once, where they are not yet.
+    """One job per different recipe, with its folder; missing data are rendered and decoded here, once.
 
-    A job whose data cannot be read is failed, and says why.
+    A job whose data cannot be read has the status `failed` and the error.
     """
     tables: dict[tuple, DataFrame] = {}
     digests: dict[tuple, str] = {}
@@ -167,7 +167,7 @@ def _jobs(recipes: Iterable[Recipe], data_root: str | Path | None, progress) -> 
 
 
 def _steps(made: Recipe, annotations: DataFrame) -> int:
-    """The optimiser's steps of a run."""
+    """The number of optimiser steps of a run."""
     table = hold_out(annotations) if made.select_on == "val" else annotations
     captions = int((table.split == "train").sum())
     steps = made.epochs * -(-captions // made.batch_size)
@@ -175,7 +175,7 @@ def _steps(made: Recipe, annotations: DataFrame) -> int:
 
 
 def _seconds(folder: Path) -> float:
-    """How long a finished run took: its whole notebook where that is there, else its training and evaluations."""
+    """The duration of a finished run: that of its notebook if there is one, else of training and evaluations."""
     notebook = folder / "train.ipynb"
     if notebook.exists():
         duration = nbformat.read(notebook, 4).metadata.get("papermill", {}).get("duration")
@@ -186,9 +186,9 @@ def _seconds(folder: Path) -> float:
 
 
 def estimate(planned: DataFrame, data_root: str | Path | None = None, workers: int = 1, progress=None) -> str:
-    """How many runs a plan needs, how many are there, and about how long the rest takes, as a sentence.
+    """A sentence: how many runs a plan needs, how many are finished, and about how long the rest takes.
 
-    Seconds a step are those of finished runs with the same network, losses and device; without one, a rough figure.
+    Seconds per step are those of finished runs with the same network, losses and device; without one, a rough figure.
     """
     jobs = _jobs(planned.recipe, data_root, progress)
     left = [job for job in jobs.values() if job.status == "not run" and not job.error]
@@ -212,28 +212,28 @@ def estimate(planned: DataFrame, data_root: str | Path | None = None, workers: i
 
 
 def _measured_steps() -> dict[tuple, float]:
-    """What `_alike` makes of a recipe → median training seconds a step of the finished runs on this device."""
+    """`_alike` of a recipe → median training seconds per step of the finished runs on this device."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     found: dict[tuple, list[float]] = {}
     for file in reports_root().glob("**/metrics.json"):
         try:
             run = runs.load_run(file.parent)
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # a folder of another version tells nothing
+            continue  # of another version
         if run["machine"] and run["machine"]["device"] == device and run["history"] is not None:
             found.setdefault(_alike(run["recipe"]), []).append(seconds_per_step(run))
     return {key: statistics.median(values) for key, values in found.items()}
 
 
 def _alike(made: Recipe) -> tuple:
-    """What a step's time depends on."""
+    """The fields that a step's duration depends on."""
     names = ("backbone", "image_height", "image_width", "stride", "frozen", "adapter_rank", "losses", "interaction")
     names += ("batch_size", "micro_batch", "precision")
     return tuple(getattr(made, name) for name in names)
 
 
 def _step_seconds(made: Recipe, measured: Mapping[tuple, float]) -> tuple[float | None, bool]:
-    """Seconds a step, None where nothing is known, and whether they were measured."""
+    """Seconds per step, None if unknown, and whether they were measured."""
     if (key := _alike(made)) in measured:
         return measured[key], True
     return ROUGH_STEP_SECONDS.get(made.backbone, {}).get("mlm" in made.loss_names), False
@@ -252,14 +252,14 @@ def run_all(
     progress=None,
     notebook: str | Path | None = None,
 ) -> DataFrame:
-    """Make the runs of a plan that are not there yet: the plan with `path, status, seconds, error` of every run.
+    """Execute the missing runs of a plan; returns the plan with `path, status, seconds, error` of every run.
 
-    Each run is `notebook` (default: notebooks/train.ipynb) under papermill in a process of its own, `workers` at a
-    time; they share the CPU's threads, and several GPUs are dealt out in turn. The executed notebook ends up in the
-    run's folder as train.ipynb. A finished run is not started again, and one recipe in two rows runs once. A run that
-    fails is listed with the last line of its error (and its notebook as failed.ipynb), and the others go on. What all
-    share is made first: rendered data, decoded photos, pretrained weights. An interrupt ends the running notebooks;
-    the next call resumes them. `status` is finished, failed or "not run"; `progress` is a tqdm-like class.
+    Each run is `notebook` (default: notebooks/train.ipynb) under papermill in its own process, `workers` at a time;
+    they share the CPU's threads, and several GPUs are assigned in turn. The executed notebook is kept in the run's
+    folder as train.ipynb. A finished run is not started again, and one recipe in two rows runs once. A failed run is
+    listed with the last line of its error (its notebook is kept as failed.ipynb), and the others continue. What all
+    runs share is made first: rendered data, decoded photos, pretrained weights. An interrupt ends the running
+    notebooks; the next call resumes them. `status` is finished, failed or "not run"; `progress` is a tqdm-like class.
     """
     jobs = _jobs(planned.recipe, data_root, progress)
     waiting = [job for job in jobs.values() if job.status == "not run" and not job.error]
@@ -289,7 +289,7 @@ def run_all(
 
 
 def _make_weights(waiting: list[_Job], progress) -> None:
-    """Pretrained weights that are not there yet, before several runs would make or download them at once."""
+    """Make or download missing pretrained weights, before several runs would do so at the same time."""
     wanted: dict[tuple[str, str], list[_Job]] = {}
     for job in waiting:
         wanted.setdefault((job.recipe.backbone, job.recipe.pretrained), []).append(job)
@@ -304,7 +304,7 @@ def _make_weights(waiting: list[_Job], progress) -> None:
 
 
 def _start(job: _Job, notebook: Path, data_root: str | Path | None, slot: int, workers: int) -> _Job:
-    """Start a run's notebook; its process is in a session of its own, so that an interrupt reaches it through _stop."""
+    """Start a run's notebook in a new session, so that an interrupt reaches it through _stop only."""
     job.folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(notebook), str(job.folder / ".train.ipynb")]
     given = {"dataset": job.recipe.dataset} | job.recipe.differences()
@@ -334,7 +334,7 @@ def _gpus() -> int:
 
 
 def _end(job: _Job) -> None:
-    """Write down how a run ended, and keep its executed notebook."""
+    """Record how a run ended, and keep its executed notebook."""
     job.log.seek(0)
     lines = [line.strip() for line in job.log.read().decode(errors="replace").splitlines() if line.strip()]
     job.log.close()
@@ -351,7 +351,7 @@ def _end(job: _Job) -> None:
 
 
 def _stop(running: list[_Job]) -> None:
-    """End running notebooks: papermill takes its kernel with it when it is asked to end."""
+    """End running notebooks; papermill ends its kernel when it is terminated."""
     for job in running:
         job.process.terminate()
     for job in running:
@@ -373,7 +373,7 @@ class _Bar:
         self.bar = progress(total=self.total(), initial=self.done(), unit="step", desc="runs") if progress else None
 
     def total(self) -> int:
-        """Steps of all runs that can end; a failed one counts no more."""
+        """The steps of all runs but the failed ones."""
         return sum(job.steps for job in self.jobs if not job.error)
 
     def done(self) -> int:
@@ -403,12 +403,12 @@ def _reached(job: _Job) -> int:
 
 
 def study_folder(study: str, dataset: str) -> Path:
-    """Where a study's table and figure are kept: `studies/<study>` below its data set's reports."""
+    """The folder of a study's tables and figures: `studies/<study>` below its data set's reports."""
     return reports_root() / ("smoke" if smoke() else "") / runs.dataset_name(dataset) / "studies" / study
 
 
 def save_study(folder: Path, tables: Mapping[str, DataFrame], figures: Mapping[str, Any] | None = None) -> list[str]:
-    """Write tables as csv and matplotlib figures as svg and png, by their names; the files' names."""
+    """Write tables as csv and matplotlib figures as svg and png, by name; returns the files' names."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, table in tables.items():

@@ -1,4 +1,4 @@
-"""The domain `general` → the small CLIP's weights after InfoNCE, made once and cached."""
+"""The domain `general` → the small CLIP's weights after InfoNCE, trained once and cached."""
 
 import hashlib
 import shutil
@@ -14,13 +14,13 @@ from irra_core.training import train
 
 
 def pretraining() -> Recipe:
-    """How the small CLIP comes by its `general` weights: InfoNCE on the rendered domain `general`, no selection."""
+    """The recipe of the small CLIP's `general` weights: InfoNCE on the rendered domain `general`, last step kept."""
     chosen = {"identities": 1000, "losses": "itc", "epochs": 14, "lr": 8e-4, "warmup_epochs": 1, "select_on": "last"}
     return recipe("synthetic-general", pretrained="none", **chosen)
 
 
 def general_weights(recipe: Recipe) -> Path:
-    """Where the small CLIP pretrained by that recipe is kept, made or not; other renderings have other weights."""
+    """The cache file of the small CLIP pretrained by that recipe; its name changes with the renderer's version."""
     key = hashlib.sha256(f"{recipe.key()} {RENDERING}".encode()).hexdigest()[:16]
     return cache_root() / "general" / f"{key}.safetensors"
 

@@ -60,6 +60,11 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     return (tensor.pin_memory() if gpu and tensor.device.type == "cpu" else tensor).to(device, non_blocking=gpu)
 
 
+def full_precision(values: Tensor) -> Tensor:
+    """The values in float32 where autocast or half-precision weights made them less; other types as they are."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
 def normalise(pixels: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
     """The pixels as CLIP wants them: 0..1, less MEAN, over STD, in float32, on their device."""
     mean, scale = _mean_and_scale(pixels.device)

@@ -15,11 +15,12 @@ from torch import Tensor
 from irra_core.augmentation import moved, normalise
 from irra_core.batches import ALONE, Team
 from irra_core.images import image_array
-from irra_core.metrics import bootstrap_intervals, query_metrics_from_features
+from irra_core.metrics import INTERVAL, METRICS, bootstrap_means, query_metrics_from_features
 from irra_core.objective import autocast
+from irra_core.recipes import Recipe
+from irra_core.settings import progress_bar
 from irra_core.text import VOCABULARY, tokenize, trim
 
-METRICS = {"R1": "R1", "R5": "R5", "R10": "R10", "mAP": "AP", "mINP": "INP"}  # score → its value for one query
 Interval = tuple[float, float, float]  # value, low, high
 
 
@@ -27,7 +28,7 @@ Interval = tuple[float, float, float]  # value, low, high
 class Evaluation:
     """Scores of one model on one split, in per cent, and what every single query got.
 
-    `text_to_image` and `image_to_text` have a row a query: pid, image_id (and caption), rank of the first right
+    `text_to_image` and `image_to_text` have one row per query: pid, image_id (and caption), rank of the first right
     result, R1, R5, R10 (0 or 100), AP, INP. `hard` marks the queries whose person has a near-twin in the gallery.
     """
 
@@ -52,8 +53,12 @@ class Evaluation:
         return found
 
     def table(self) -> DataFrame:
-        """One row a direction (and one for the hard negatives), columns R1 … mINP with `_low` and `_high`."""
-        return metrics_table(self.metrics)
+        """One row per direction (and one for the hard negatives), columns R1 … mINP with `_low` and `_high`."""
+        metrics = self.metrics
+        rows = {"text to image": metrics["text_to_image"], "image to text": metrics["image_to_text"]}
+        if "hard_negatives" in metrics:
+            rows["text to image, hard negatives"] = metrics["hard_negatives"]["text_to_image"]
+        return scores_table(rows)
 
     def _repr_html_(self) -> str:
         return readable(self.table())._repr_html_()
@@ -89,11 +94,24 @@ def evaluate(
         shown = image_array(list(photos.path), height, width, progress=progress).pixels[mine]
     else:
         shown = pixels[photos.image_id.to_numpy()[mine]]
-    with scoring(model):
-        image = encode_images(model, shown, precision=precision, progress=progress)
-        text = encode_texts(model, my_captions, precision=precision, progress=progress)
+    image = encode_images(model, shown, precision=precision, progress=progress)
+    text = encode_texts(model, my_captions, precision=precision, progress=progress)
     image, text = team.gathered(image, len(photos)), team.gathered(text, len(queries))
     return rank_features(image, text, photos, queries, hard_pids, team)
+
+
+def known_twins(annotations: DataFrame, recipe: Recipe) -> set[int]:
+    """The people with a near-twin in their split; none are known in data that were not rendered."""
+    from irra_core.synthetic.people import twin_pids
+
+    return twin_pids(annotations, recipe)
+
+
+def known_ceiling(annotations: DataFrame, recipe: Recipe) -> float | None:
+    """The best R@1, in per cent, that the test captions of rendered people allow; None for other data."""
+    from irra_core.synthetic.people import is_rendered, synthetic_ceiling
+
+    return synthetic_ceiling(annotations) if is_rendered(annotations, recipe) else None
 
 
 def rank_features(
@@ -136,9 +154,9 @@ def _ranked_by(
 def scores(queries: DataFrame) -> dict[str, Interval]:
     """R1, R5, R10, mAP and mINP of per-query values, each with its 95 % interval."""
     values = np.stack([queries[column].to_numpy(dtype=np.float64) for column in METRICS.values()], axis=1)
-    ends = bootstrap_intervals(values, queries.pid.to_numpy())
-    found = np.column_stack([values.mean(0), ends]).tolist()
-    return {name: tuple(interval) for name, interval in zip(METRICS, found, strict=True)}
+    ends = np.quantile(bootstrap_means(values, queries.pid.to_numpy()), INTERVAL, axis=0)
+    intervals = np.stack([values.mean(0), *ends], axis=1).tolist()
+    return {name: tuple(interval) for name, interval in zip(METRICS, intervals, strict=True)}
 
 
 def gain(after: DataFrame, before: DataFrame) -> dict[str, Interval]:
@@ -151,14 +169,6 @@ def gain(after: DataFrame, before: DataFrame) -> dict[str, Interval]:
     return scores(difference)
 
 
-def metrics_table(metrics: Mapping[str, Any]) -> DataFrame:
-    """`Evaluation.metrics`, as read back from metrics.json, as a table: a row a direction."""
-    rows = {"text to image": metrics["text_to_image"], "image to text": metrics["image_to_text"]}
-    if "hard_negatives" in metrics:
-        rows["text to image, hard negatives"] = metrics["hard_negatives"]["text_to_image"]
-    return scores_table(rows)
-
-
 def scores_table(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> DataFrame:
     """Name → {score: (value, low, high)} as a tidy table: columns R1, R1_low, R1_high, …, in per cent."""
     table = {}
@@ -168,7 +178,7 @@ def scores_table(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> DataFrame
 
 
 def readable(table: DataFrame) -> DataFrame:
-    """The table for the eye: `81.2 [79.0, 83.1]` in one column a score."""
+    """The table for the eye: `81.2 [79.0, 83.1]`, one column per score."""
     names = [name for name in METRICS if name in table]
     text = {}
     for name in names:
@@ -207,26 +217,21 @@ def encode_texts(
 
 
 def _encoded(model, encode, count: int, batch_size: int, precision: str, progress, unit: str) -> Tensor:
-    """All batches of one encoder, normalised.
+    """The L2-normalised features of all batches of one encoder.
 
     A GPU is left to work: while it encodes one batch the next is read and sent, and the features stay there to the end.
     """
     device = next(model.parameters()).device
-    bar = progress(total=count, unit=unit, leave=False) if progress else None
     parts, before = [], None
-    try:
-        with scoring(model), torch.inference_mode(), autocast(device, precision):
-            for start in range(0, max(count, 1), batch_size):  # of no rows, features of the right width
-                parts.append(F.normalize(encode(start).float(), dim=1))
-                if device.type == "cuda":
-                    if before:
-                        before.synchronize()  # no more than one ahead: each batch on its way takes memory
-                    before = torch.cuda.current_stream(device).record_event()
-                if bar:
-                    bar.update(len(parts[-1]))
-    finally:
-        if bar:
-            bar.close()
+    shown = progress_bar(progress, total=count, unit=unit, leave=False)
+    with shown as bar, scoring(model), torch.inference_mode(), autocast(device, precision):
+        for start in range(0, max(count, 1), batch_size):  # of no rows, features of the right width
+            parts.append(F.normalize(encode(start).float(), dim=1))
+            if device.type == "cuda":
+                if before:
+                    before.synchronize()  # no more than one ahead: each batch on its way takes memory
+                before = torch.cuda.current_stream(device).record_event()
+            bar.update(len(parts[-1]))
     return torch.cat(parts).cpu().clone()  # a tensor of its own, not of inference mode
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from irra_core.augmentation import full_precision
 from irra_core.recipes import Recipe
 from irra_core.settings import unknown
 
@@ -22,16 +23,15 @@ def _in_full_precision(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(loss)
     def computed(*args: Any, **named: Any) -> Tensor:
         args, named = [_raised(value) for value in args], {name: _raised(value) for name, value in named.items()}
-        tensor = next(value for value in (*args, *named.values()) if isinstance(value, Tensor))
-        with torch.autocast(tensor.device.type, enabled=False):
+        device = next(value.device for value in (*args, *named.values()) if isinstance(value, Tensor))
+        with torch.autocast(device.type, enabled=False):
             return loss(*args, **named)
 
     return computed
 
 
 def _raised(value: Any) -> Any:
-    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
-    return value.float() if half else value
+    return full_precision(value) if isinstance(value, Tensor) else value
 
 
 @_in_full_precision
@@ -208,9 +208,8 @@ def total_loss(
 ) -> dict[str, Float[Tensor, ""]]:
     """Each loss of `recipe.losses` by name, in the recipe's order; what is trained is their sum, every weight 1.
 
-    `features` is the model's `Features`; pids are class numbers. A loss is given, by its parameters' names, what is
-    listed below. `word_count`: see mlm_loss. `names` picks some of the recipe's losses. Raises ValueError where a loss
-    lacks what it needs.
+    `features` is the model's `Features`; pids are class numbers. A loss gets, by its parameters' names, what is listed
+    below. `word_count`: see mlm_loss. `names` picks some of the recipe's losses.
     """
     given = {
         "image": features.image,
@@ -225,17 +224,8 @@ def total_loss(
         "labels": features.word_labels,
         "count": word_count,
     }
-    return {name: _part(name, given) for name in (recipe.loss_names if names is None else names)}
-
-
-def _part(name: str, given: dict[str, Any]) -> Float[Tensor, ""]:
-    """One loss, called with those of the given values that it has a parameter for."""
-    if name not in LOSSES:
-        raise unknown("loss", name, LOSSES)
-    parameters = inspect.signature(LOSSES[name]).parameters.values()
-    for parameter in parameters:
-        if parameter.default is parameter.empty and given.get(parameter.name) is None:
-            raise ValueError(
-                f"loss {name!r} needs {parameter.name}, which is None: build the model from the recipe that names it"
-            )
-    return LOSSES[name](**{item.name: given[item.name] for item in parameters if item.name in given})
+    parts = {}
+    for name in recipe.loss_names if names is None else names:
+        wanted = inspect.signature(LOSSES[name]).parameters
+        parts[name] = LOSSES[name](**{key: given[key] for key in wanted if key in given})
+    return parts

@@ -1,6 +1,5 @@
-"""Similarities + identities → R@k, mAP, mINP, with confidence intervals: pure functions."""
+"""Similarities + identities → R@k, mAP, mINP and their confidence intervals: pure functions."""
 
-import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -8,13 +7,15 @@ import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor
 
-from irra_core.scale.linear import linear
+from irra_core.augmentation import full_precision
 from irra_core.settings import unknown
 
+METRICS = {"R1": "R1", "R5": "R5", "R10": "R10", "mAP": "AP", "mINP": "INP"}  # score → its value for one query
 CUTS = (1, 5, 10)  # the field's R@k
-SORT_ABOVE = 400  # positives a query: from here one sort of the row costs less than counting for each (measured, CPU)
+INTERVAL = (0.025, 0.975)  # quantiles of the bootstrap draws: 95 %
+SORT_ABOVE = 400  # positives per query: from here one sort of the row costs less than counting for each (measured, CPU)
 CHUNK_ENTRIES = {"cpu": 2**22, "cuda": 2**27}  # scores held at once: 16 MiB and 512 MiB in float32
-CHUNK_ROWS = 256  # queries multiplied at once, at least: fewer leave the matrix product slow
+CHUNK_ROWS = 256  # queries scored at once, at least: fewer leave the matrix product slow
 BLOCK_ENTRIES = {"cpu": 2**19, "cuda": 2**27}  # scores compared at once: what fits a cache; all that are held
 
 
@@ -24,14 +25,12 @@ def retrieval_metrics(
     gallery_pids: Int[Tensor, " gallery"],
     absent: str = "error",
 ) -> dict[str, float]:
-    """R1, R5, R10, mAP and mINP in per cent: the averages over the queries of `query_metrics`, whose rules hold."""
-    return averages(query_metrics(similarity, query_pids, gallery_pids, absent))
+    """R1, R5, R10, mAP and mINP in per cent: the averages of `query_metrics`, whose rules hold, over the queries.
 
-
-def averages(queries: dict[str, Num[Tensor, " queries"]]) -> dict[str, float]:
-    """R1, R5, R10, mAP and mINP in per cent from what `query_metrics` gives; queries without a result are left out."""
-    columns = {"R1": "R1", "R5": "R5", "R10": "R10", "mAP": "AP", "mINP": "INP"}
-    return {name: queries[column].nanmean().item() for name, column in columns.items()}
+    With absent="skip", queries without a result do not count.
+    """
+    queries = query_metrics(similarity, query_pids, gallery_pids, absent)
+    return {name: queries[column].nanmean().item() for name, column in METRICS.items()}
 
 
 def query_metrics(
@@ -40,7 +39,7 @@ def query_metrics(
     gallery_pids: Int[Tensor, " gallery"],
     absent: str = "error",
 ) -> dict[str, Num[Tensor, " queries"]]:
-    """Of every query: R1, R5, R10 (0 or 100), AP and INP in per cent, and `rank`, the place of its first right item.
+    """Per query: R1, R5, R10 (0 or 100), AP and INP in per cent, and `rank`, the place of its first right item.
 
     With r_1 < r_2 < … < r_n the places of the n gallery items of the query's identity, best score first, places from 1:
         R@k = [r_1 ≤ k],   AP = mean_i i / r_i,   INP = n / r_n
@@ -54,11 +53,9 @@ def query_metrics(
     if similarity.shape != (len(query_pids), len(gallery_pids)):
         raise ValueError(
             f"similarity is {tuple(similarity.shape)}, but there are {len(query_pids)} query_pids and "
-            f"{len(gallery_pids)} gallery_pids: one row a query, one column a gallery item"
+            f"{len(gallery_pids)} gallery_pids: one row per query, one column per gallery item"
         )
-    return _ranked(
-        lambda rows: similarity[rows], similarity, query_pids, gallery_pids, _chunk_rows(similarity.T), absent
-    )
+    return _ranked(lambda rows: similarity[rows], similarity, query_pids, gallery_pids, None, absent)
 
 
 def query_metrics_from_features(
@@ -74,19 +71,10 @@ def query_metrics_from_features(
     For the cosine, give L2-normalised features. Half precision is multiplied in float32. Without `chunk`, as many
     queries as a few MiB of scores hold, but at least 256.
     """
-    gallery = _raised(gallery)
-    chunk = chunk or max(CHUNK_ROWS, _chunk_rows(gallery))
-    return _ranked(lambda rows: linear(_raised(query[rows]), gallery), gallery, query_pids, gallery_pids, chunk, absent)
-
-
-def _chunk_rows(gallery: Float[Tensor, "gallery any"]) -> int:
-    """How many queries' scores against this gallery are held at once."""
-    return max(1, CHUNK_ENTRIES.get(gallery.device.type, 2**22) // max(1, len(gallery)))
-
-
-def _raised(scores: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """float32 of half precision (exact, and counted fast); other precisions as they are."""
-    return scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
+    gallery = full_precision(gallery)
+    return _ranked(
+        lambda rows: full_precision(query[rows]) @ gallery.T, gallery, query_pids, gallery_pids, chunk, absent
+    )
 
 
 def _ranked(
@@ -94,7 +82,7 @@ def _ranked(
     like: Tensor,
     query_pids: Int[Tensor, " queries"],
     gallery_pids: Int[Tensor, " gallery"],
-    chunk: int,
+    chunk: int | None,
     absent: str,
 ) -> dict[str, Num[Tensor, " queries"]]:
     """`query_metrics` of the rows that scores_of computes, on the device of `like`, chunk by chunk."""
@@ -103,15 +91,16 @@ def _ranked(
     first = torch.searchsorted(sorted_pids, query_pids)
     count = torch.searchsorted(sorted_pids, query_pids, right=True) - first
     _check_absent(count, absent)
+    held = CHUNK_ENTRIES.get(like.device.type, 2**22) // max(1, len(gallery_pids))
     result = torch.full((len(query_pids), 2), torch.nan, dtype=torch.float64, device=like.device)
     rank = torch.zeros_like(query_pids)
     order = count.argsort(stable=True)  # equal numbers of positives in a chunk: no padding to compare
-    for rows in order[(count == 0).sum() :].split(chunk):
+    for rows in order[(count == 0).sum() :].split(chunk or max(CHUNK_ROWS, held)):
         if not len(rows):
             continue
         place = torch.arange(int(count[rows].max()), device=like.device)
         columns = by_pid[first[rows, None] + place.minimum(count[rows, None] - 1)]
-        ranks = _positive_ranks(_raised(scores_of(rows)), columns, count[rows], rows)
+        ranks = _positive_ranks(full_precision(scores_of(rows)), columns, count[rows], rows)
         precision = ((place + 1) / ranks.double()).masked_fill(place >= count[rows, None], 0)
         total = precision.cumsum(1)[:, -1]  # in order, so that padding, and thus the chunk, changes no bit
         last = ranks.gather(1, count[rows, None] - 1).squeeze(1)
@@ -177,42 +166,51 @@ def _at_least(
 
 
 def bootstrap_interval(
-    values: Float[Tensor, " queries"] | Float[np.ndarray, " queries"],
+    values: Float[Tensor, "*runs queries"] | Float[np.ndarray, "*runs queries"],
     pids: Int[Tensor, " queries"] | Int[np.ndarray, " queries"],
     draws: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Low and high end of the 95 % interval of the mean of `values`, by resampling identities with replacement.
+    """Low and high end of the 95 % interval of the mean of `values`: the INTERVAL quantiles of bootstrap_means.
 
-    The queries of one person resemble each other, so people are drawn, not queries: a draw is as many identities as
-    there are, each with all its queries; the ends are the 2.5 and 97.5 percentiles of the draws' means. The interval
-    of a difference between two models on the same queries is that of the differences of their values. One identity
-    gives an interval without width. Raises ValueError for NaN (queries that were skipped).
+    values: one number per query, or for several runs (seeds) one row per run. The interval of a difference between two
+    models on the same queries is that of the differences of their values. One identity and one run give an interval
+    without width. Raises ValueError for NaN (queries that were skipped).
     """
     values, pids = (x.cpu().numpy() if isinstance(x, Tensor) else np.asarray(x) for x in (values, pids))
-    ((low, high),) = bootstrap_intervals(values[:, None], pids, draws, seed)
+    low, high = np.quantile(bootstrap_means(values[..., None], pids, draws, seed)[:, 0], INTERVAL)
     return float(low), float(high)
 
 
-def bootstrap_intervals(
-    values: Float[np.ndarray, "queries scores"], pids: Int[np.ndarray, " queries"], draws: int = 2000, seed: int = 0
-) -> Float[np.ndarray, "scores 2"]:
-    """`bootstrap_interval` of several scores of the same queries, of the same draws: one pass over them for all."""
+def bootstrap_means(
+    values: Float[np.ndarray, "*runs queries scores"],
+    pids: Int[np.ndarray, " queries"],
+    draws: int = 2000,
+    seed: int = 0,
+) -> Float[np.ndarray, "draws scores"]:
+    """The mean of each score in each bootstrap draw, which draws identities and runs with replacement.
+
+    Queries of one person resemble each other, so people are drawn, not queries: a draw has as many identities as there
+    are, each with all its queries, and as many runs. Few runs make an interval too narrow: of three, the draws see two
+    thirds of the variance.
+    """
     if np.isnan(values).any():
         raise ValueError(f"{np.isnan(values).sum()} of {values.size} values are NaN: drop those queries first")
+    runs = values.reshape(-1, *values.shape[-2:])
     _, person = np.unique(pids, return_inverse=True)
-    totals = np.stack([*(np.bincount(person, column) for column in values.T), np.bincount(person)], axis=1)
-    drawn, totals = _drawn(len(totals), draws, seed), torch.from_numpy(totals)
-    rows = max(1, 2**22 // len(totals))  # torch multiplies: a second library's threads would wait for its own
-    found = torch.cat([part.double() @ totals for part in torch.from_numpy(drawn).split(rows)]).numpy()
-    return np.quantile(found[:, :-1] / found[:, -1:], [0.025, 0.975], axis=0).T
+    columns = runs.transpose(0, 2, 1).reshape(-1, len(pids))  # one per run and score
+    totals = np.stack([*(np.bincount(person, column) for column in columns), np.bincount(person)], axis=1)
+    generator = np.random.default_rng(seed)
+    people, weights = (torch.from_numpy(_drawn(generator, draws, size)) for size in (len(totals), len(runs)))
+    parts = people.split(max(1, 2**22 // len(totals)))  # torch multiplies: another library's threads would compete
+    sums = torch.cat([part.double() @ torch.from_numpy(totals) for part in parts])
+    means = (sums[:, :-1] / sums[:, -1:]).unflatten(1, (len(runs), -1))
+    return ((means * weights[:, :, None]).sum(1) / len(runs)).numpy()
 
 
-@functools.lru_cache(maxsize=1)
-def _drawn(people: int, draws: int, seed: int) -> Int[np.ndarray, "draws people"]:
-    """How often each person is in each draw; kept, because both directions of an evaluation have the same people."""
-    drawn = np.random.default_rng(seed).integers(people, size=(draws, people), dtype=np.int32)
-    counts = np.empty((draws, people), dtype=np.int16)
-    for row, chosen in zip(counts, drawn, strict=True):
-        row[:] = np.bincount(chosen, minlength=people)
+def _drawn(generator: np.random.Generator, draws: int, size: int) -> Int[np.ndarray, "draws size"]:
+    """How often each draw of `size` units, with replacement, has each unit."""
+    counts = np.empty((draws, size), dtype=np.int16)
+    for row, chosen in zip(counts, generator.integers(size, size=(draws, size), dtype=np.int32), strict=True):
+        row[:] = np.bincount(chosen, minlength=size)
     return counts

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from irra_core.augmentation import moved
+from irra_core.augmentation import full_precision, moved
 from irra_core.interaction import build_interaction
 from irra_core.transformer import CLIP, QuickGELU
 
@@ -84,8 +84,8 @@ class IRRA(nn.Module):
         at, wanted = _masked_places(labels, words_each)
         states = self.interaction(words, patches, self._real(masked_tokens), at)
         states, word_labels = (part.flatten(0, 1).index_select(0, wanted) for part in (states, labels.gather(1, at)))
-        word_logits = _full(self.mlm_head(states))
-        found = Features(_full(patches[:, 0]), text, word_logits=word_logits, word_labels=word_labels)
+        word_logits = full_precision(self.mlm_head(states))
+        found = Features(full_precision(patches[:, 0]), text, word_logits=word_logits, word_labels=word_labels)
         return self.classified(found)
 
     def _encode_both(
@@ -97,7 +97,7 @@ class IRRA(nn.Module):
             caption, masked = self.clip.begin_text(torch.cat([tokens, masked_tokens])).chunk(2)
         else:
             caption, masked = self.clip.begin_text(tokens), self.clip.begin_text(masked_tokens)
-        return _full(self.clip.finish_text(caption, _end(tokens))[:, 0]), self.clip.finish_text(masked)
+        return full_precision(self.clip.finish_text(caption, _end(tokens))[:, 0]), self.clip.finish_text(masked)
 
     def classified(self, features: Features) -> Features:
         """The features with the identity scores of their image and text; as they are without a classifier."""
@@ -109,16 +109,16 @@ class IRRA(nn.Module):
     def _identities(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch ids"]:
         """Identity scores, in full precision also under autocast."""
         with torch.autocast(features.device.type, enabled=False):
-            return _full(self.classifier(features.to(self.classifier.weight.dtype)))
+            return full_precision(self.classifier(features.to(self.classifier.weight.dtype)))
 
     def encode_image(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
         """Global image features: the projected class token, not normalised."""
         first = torch.zeros(len(images), 1, dtype=torch.long, device=images.device)
-        return _full(self.image_tokens(images, at=first)[:, 0])
+        return full_precision(self.image_tokens(images, at=first)[:, 0])
 
     def encode_text(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch dim"]:
         """Global text features: the projected end-of-text token, not normalised."""
-        return _full(self.text_tokens(tokens, at=_end(tokens))[:, 0])
+        return full_precision(self.text_tokens(tokens, at=_end(tokens))[:, 0])
 
     def image_tokens(
         self, images: Float[Tensor, "batch 3 height width"], at: Int[Tensor, "batch wanted"] | None = None
@@ -140,7 +140,7 @@ class IRRA(nn.Module):
     ) -> Float[Tensor, "batch length vocabulary"]:
         """MLM scores at every position, masked or not. Raises ValueError for a model without MLM."""
         states = self._word_states("word_logits", images, masked_tokens)
-        return _full(self.mlm_head(states[:, : masked_tokens.shape[1]]))
+        return full_precision(self.mlm_head(states[:, : masked_tokens.shape[1]]))
 
     def attention(
         self,
@@ -195,11 +195,6 @@ def _masked_places(
 def _end(tokens: Int[Tensor, "batch length"]) -> Int[Tensor, "batch 1"]:
     """Position of the end of each text, the highest id in CLIP's vocabulary."""
     return tokens.argmax(dim=1, keepdim=True)
-
-
-def _full(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """At least single precision, whatever autocast or half-precision weights made of it."""
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def _mlm_head(width: int, vocabulary: int, depth: int) -> nn.Sequential:

@@ -9,8 +9,18 @@ import torch
 from pandas import DataFrame
 
 import irra_core as irra
-from irra_core.evaluation import encode_images, encode_texts, gain, metrics_table, rank_features, readable, scores
+from irra_core.evaluation import (
+    encode_images,
+    encode_texts,
+    gain,
+    known_ceiling,
+    known_twins,
+    rank_features,
+    readable,
+    scores,
+)
 from irra_core.images import image_array
+from irra_core.synthetic.people import near_twins
 
 QUERIES = DataFrame({"pid": [1, 1, 2, 3], "image_id": [0, 0, 1, 2], "caption": list("abcd")})
 PHOTOS = DataFrame({"pid": [1, 2, 3], "image_id": [0, 1, 2]})
@@ -38,7 +48,7 @@ def test_hard_negatives_are_scored_apart():
     assert metrics["hard_negatives"]["queries"] == 1
     assert metrics["hard_negatives"]["text_to_image"]["R1"] == (0.0, 0.0, 0.0)
     assert "hard_negatives" not in found(TEXT).metrics
-    assert "text to image, hard negatives" in metrics_table(metrics).index
+    assert "text to image, hard negatives" in found(TEXT, hard=[3]).table().index
 
 
 def test_the_gain_is_paired_and_refuses_other_queries():
@@ -124,3 +134,13 @@ def test_a_model_with_another_vocabulary_is_refused(annotations):
     path = Path(__file__).parent / "reference" / "irra_tiny.pth"
     with pytest.raises(ValueError, match="vocabulary has 300 words"):
         irra.evaluate(irra.load_official(path, (64, 32)), annotations)
+
+
+def test_twins_and_ceiling_are_known_of_rendered_people_alone(annotations, tmp_path):
+    recipe = irra.recipe()
+    assert known_twins(annotations, recipe) == set()
+    assert known_ceiling(annotations, recipe) is None
+    irra.make_synthetic(tmp_path, people=40)
+    rendered = irra.load_annotations("synthetic", tmp_path)
+    assert known_twins(rendered, recipe) == {pid for pid, twins in near_twins(rendered).items() if twins} != set()
+    assert known_ceiling(rendered, recipe) == irra.synthetic_ceiling(rendered)

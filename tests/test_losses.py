@@ -329,13 +329,3 @@ def test_total_loss_follows_the_recipes_temperature_and_target_and_the_word_coun
     assert parts["itc"] == itc_loss(given.image, given.text, 0.3)
     assert parts["cmpm"] == cmpm_loss(given.image, given.text, pids, "l2")
     assert parts["mlm"].item() == pytest.approx(mlm_loss(given.word_logits, given.word_labels).item() * 5 / 10)
-
-
-@pytest.mark.parametrize(
-    ("losses", "lacking"), [("sdm+cmpc", "weight"), ("sdm+id", "image_logits"), ("sdm+mlm", "logits")]
-)
-def test_a_loss_that_lacks_what_it_needs_says_what(losses, lacking):
-    given = features()
-    given.image_logits = given.word_logits = None
-    with pytest.raises(ValueError, match=rf"loss '{losses.split('+')[1]}' needs {lacking}, which is None: build"):
-        total_loss(given, torch.arange(5), recipe(losses=losses))

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 
 from irra_core import metrics
 from irra_core.metrics import (
-    averages,
     bootstrap_interval,
-    bootstrap_intervals,
+    bootstrap_means,
     query_metrics,
     query_metrics_from_features,
     retrieval_metrics,
@@ -132,6 +131,7 @@ def test_sorting_rows_small_chunks_and_small_blocks_give_the_same_bits(limit, de
     expected = query_metrics(*arguments)
     assert_equal(expected, slow_query_metrics(*arguments))
     monkeypatch.setattr(metrics, limit, 0 if limit == "SORT_ABOVE" else {"cpu": 420})  # 420: 7 rows of 60
+    monkeypatch.setattr(metrics, "CHUNK_ROWS", 1)
     got = query_metrics(*arguments)
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
@@ -194,7 +194,7 @@ def test_the_averages_are_means_over_the_queries():
     arguments = gallery()
     slow = slow_query_metrics(*arguments)
     expected = [slow[name].mean().item() for name in ("R1", "R5", "R10", "AP", "INP")]
-    assert averages(query_metrics(*arguments)) == pytest.approx(dict(zip(NAMES, expected, strict=True)))
+    assert retrieval_metrics(*arguments) == pytest.approx(dict(zip(NAMES, expected, strict=True)))
 
 
 def test_a_score_that_is_no_number_is_an_error_that_names_the_query():
@@ -241,14 +241,54 @@ def test_the_interval_is_that_of_the_slow_bootstrap_over_identities():
     assert bootstrap_interval(values, pids) == bootstrap_interval(values, pids, draws=2000, seed=0)
 
 
-def test_the_intervals_of_several_scores_are_those_of_each_alone():
+def test_the_draws_of_several_scores_are_those_of_each_alone():
     numbers = np.random.default_rng(0)
     values, pids = numbers.random((30, 3)) * (1, 10, 100), numbers.integers(8, size=30)
+    ends = np.quantile(bootstrap_means(values, pids), metrics.INTERVAL, axis=0).T
     alone = [bootstrap_interval(column, pids, draws=2000, seed=0) for column in values.T]
-    assert bootstrap_intervals(values, pids).tolist() == [pytest.approx(ends, rel=1e-12) for ends in alone]
+    assert ends.tolist() == [pytest.approx(each, rel=1e-12) for each in alone]
     values[2, 1] = np.nan
     with pytest.raises(ValueError, match="1 of 90 values are NaN"):
-        bootstrap_intervals(values, pids)
+        bootstrap_means(values, pids)
+
+
+def slow_interval_of_runs(values, pids, draws, seed=0):
+    """The percentile interval one draw, one run, one person, one query at a time."""
+    people = sorted(set(pids))
+    generator = np.random.default_rng(seed)
+    drawn_people = generator.integers(len(people), size=(draws, len(people)), dtype=np.int32)
+    drawn_runs = generator.integers(len(values), size=(draws, len(values)), dtype=np.int32)
+    means = []
+    for draw in range(draws):
+        picked = [
+            values[run][query]
+            for run in drawn_runs[draw]
+            for place in drawn_people[draw]
+            for query in range(len(pids))
+            if pids[query] == people[place]
+        ]
+        means.append(sum(picked) / len(picked))
+    return np.quantile(means, 0.025), np.quantile(means, 0.975)
+
+
+def test_the_interval_over_runs_and_identities_is_that_of_plain_loops():
+    noise = np.random.default_rng(1)
+    pids = np.array([7, 7, 7, 2, 2, 9, 4, 4, 4, 4])
+    values = noise.normal(size=(3, 10)) + np.array([[0.0], [1.0], [-2.0]])
+    expected = slow_interval_of_runs(values, pids, 200)
+    assert bootstrap_interval(values, pids, draws=200) == pytest.approx(expected, rel=1e-12)
+
+
+def test_one_run_leaves_the_interval_over_identities():
+    values, pids = np.random.default_rng(2).normal(size=(1, 40)), np.repeat(np.arange(10), 4)
+    assert bootstrap_interval(values, pids) == pytest.approx(bootstrap_interval(values[0], pids), rel=1e-12)
+
+
+def test_runs_that_disagree_widen_the_interval():
+    values, pids = np.random.default_rng(2).normal(size=(3, 400)), np.repeat(np.arange(100), 4)
+    apart = values + np.array([[-1.0], [0.0], [1.0]])
+    ends = [bootstrap_interval(each, pids) for each in (values, apart)]
+    assert ends[1][1] - ends[1][0] > 2 * (ends[0][1] - ends[0][0])
 
 
 def test_the_interval_of_a_difference_is_narrower_than_those_of_two_models_that_err_alike():

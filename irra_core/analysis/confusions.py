@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from pandas import DataFrame
 from torch import Tensor
 
-from irra_core.metrics import bootstrap_interval
+from irra_core.metrics import INTERVAL, bootstrap_interval, bootstrap_means
 from irra_core.synthetic.people import attributes, stated_attributes
 
 KINDS = ("same person", "near-twin", "somebody else")
@@ -162,14 +162,11 @@ def calibration_error(found: DataFrame, bins: int = 10, draws: int = 2000, seed:
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, equation 3.
     """
     confidence, right = found["confidence"].to_numpy(), found["right"].to_numpy(dtype=np.float64)
-    _, person = np.unique(found["pid"], return_inverse=True)
-    gaps = np.zeros((person.max() + 1, bins))  # each identity's surplus of confidence in each bin
-    np.add.at(gaps, (person, _bins(confidence, bins)), confidence - right)
-    sizes = np.bincount(person)
-    drawn = np.random.default_rng(seed).integers(len(gaps), size=(draws, len(gaps)))
-    errors = [np.abs(gaps[people].sum(0)).sum() / sizes[people].sum() for people in drawn]
-    low, high = np.quantile(errors, [0.025, 0.975])
-    return tuple(100 * float(value) for value in (np.abs(gaps.sum(0)).sum() / len(found), low, high))
+    surplus = np.zeros((len(found), bins))  # each answer's surplus of confidence, in the column of its bin
+    surplus[np.arange(len(found)), _bins(confidence, bins)] = confidence - right
+    errors = np.abs(bootstrap_means(surplus, found["pid"].to_numpy(), draws, seed)).sum(1)
+    low, high = np.quantile(errors, INTERVAL)
+    return tuple(100 * float(value) for value in (np.abs(surplus.mean(0)).sum(), low, high))
 
 
 def calibrated_temperature(

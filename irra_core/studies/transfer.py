@@ -9,15 +9,16 @@ import pandas as pd
 import torch
 from pandas import DataFrame
 
+from irra_core import evaluation
 from irra_core.analysis.leaks import SAME, nearest, pairs, photo_hashes, without
 from irra_core.annotations import DATA_SETS, photo_table
 from irra_core.checkpoints import load_checkpoint
 from irra_core.evaluation import METRICS, Interval, evaluate
 from irra_core.images import image_array
+from irra_core.metrics import bootstrap_interval
 from irra_core.released.published import published
 from irra_core.runs import WEIGHTS, load_run
 from irra_core.settings import data_root, reports_root, smoke
-from irra_core.studies.comparison import seed_identity_interval
 
 REAL = ("cuhk", "icfg", "rstp")
 RENDERED = ("synthetic", "synthetic-night", "synthetic-campus")
@@ -149,7 +150,7 @@ def _scores(queries: DataFrame) -> dict[str, Interval]:
         if np.isnan(values).any():
             seeds = ", ".join(map(str, queries.seed.unique()))
             raise ValueError(f"the seeds {seeds} were asked different queries: compare runs on the same data")
-        found[name] = (float(values.mean()), *seed_identity_interval(values, pids))
+        found[name] = (float(values.mean()), *bootstrap_interval(values, pids))
     return found
 
 
@@ -207,9 +208,7 @@ def published_matrix() -> DataFrame:
 
 
 def readable(table: DataFrame) -> DataFrame:
-    """A table of `transfer_matrix` for the eye: `53.6 [49.2, 57.8]` in a column a score, else "not run"."""
-    text = DataFrame({"trained on": table.train, "tested on": table.test, "leaks": table.leaks})
-    for score in METRICS:
-        cells = zip(table[score], table[f"{score}_low"], table[f"{score}_high"], table.seeds)
-        text[f"{score} (%)"] = [f"{v:.1f} [{low:.1f}, {high:.1f}]" if n else "not run" for v, low, high, n in cells]
-    return text.assign(seeds=table.seeds, queries=table["queries"])
+    """A table of `transfer_matrix` for the eye: `53.6 [49.2, 57.8]`, one column per score, else "not run"."""
+    pairs = DataFrame({"trained on": table.train, "tested on": table.test, "leaks": table.leaks})
+    scores = evaluation.readable(table).where(table.seeds > 0, "not run")
+    return pairs.join(scores).assign(seeds=table.seeds, queries=table["queries"])

@@ -167,7 +167,7 @@ def test_reliability_and_its_error_are_those_of_answers_sorted_into_bins_by_hand
 def test_the_interval_of_the_calibration_error_is_that_of_people_drawn_again(answered):
     _, low, high = analysis.calibration_error(answered, bins=4, draws=50, seed=3)
     groups = [rows for _, rows in answered.groupby("pid")]
-    draw, errors = np.random.default_rng(3).integers(len(groups), size=(50, len(groups))), []
+    draw, errors = np.random.default_rng(3).integers(len(groups), size=(50, len(groups)), dtype=np.int32), []
     for people in draw:
         rows = [row for place in people for row in groups[place].itertuples()]
         bins = [[r for r in rows if min(int(r.confidence * 4), 3) == k] for k in range(4)]

@@ -14,9 +14,8 @@ from safetensors.torch import save_file
 
 import irra_core as irra
 from irra_core import runs
-from irra_core.metrics import bootstrap_interval
 from irra_core.studies import comparison
-from irra_core.studies.comparison import compare, seed_identity_interval, verdict
+from irra_core.studies.comparison import compare, verdict
 
 
 def slow_interval(values, pids, draws, seed=0):
@@ -36,25 +35,6 @@ def slow_interval(values, pids, draws, seed=0):
         ]
         means.append(sum(picked) / len(picked))
     return np.quantile(means, 0.025), np.quantile(means, 0.975)
-
-
-def test_the_interval_over_seeds_and_identities_is_that_of_plain_loops():
-    noise = np.random.default_rng(1)
-    pids = np.array([7, 7, 7, 2, 2, 9, 4, 4, 4, 4])
-    values = noise.normal(size=(3, 10)) + np.array([[0.0], [1.0], [-2.0]])
-    assert seed_identity_interval(values, pids, draws=200) == pytest.approx(slow_interval(values, pids, 200))
-
-
-def test_one_seed_leaves_the_interval_over_identities():
-    values, pids = np.random.default_rng(2).normal(size=(1, 40)), np.repeat(np.arange(10), 4)
-    assert seed_identity_interval(values, pids) == pytest.approx(bootstrap_interval(values[0], pids))
-
-
-def test_seeds_that_disagree_widen_the_interval():
-    values, pids = np.random.default_rng(2).normal(size=(3, 400)), np.repeat(np.arange(100), 4)
-    apart = values + np.array([[-1.0], [0.0], [1.0]])
-    ends = [seed_identity_interval(each, pids) for each in (values, apart)]
-    assert ends[1][1] - ends[1][0] > 2 * (ends[0][1] - ends[0][0])
 
 
 def fake_run(folder: Path, hits, pids, hard, steps=10, training=5.0) -> str:
@@ -193,16 +173,3 @@ def test_runs_on_other_queries_and_unknown_references_are_refused(finished):
 def test_the_verdict_names_a_winner_only_outside_the_interval(gain, seeds, words):
     row = {"variant": "sdm", "reference": "itc", "status": "finished", "seeds": seeds}
     assert verdict(row | dict(zip(("R1_gain", "R1_gain_low", "R1_gain_high"), gain))) == words
-
-
-# costs and files
-
-
-def test_the_interaction_encoders_have_the_papers_parameters_at_its_width():
-    table = comparison.interaction_costs(irra.recipe(), width=512, batch_size=1, words=8, repeats=1).set_index(
-        "interaction"
-    )
-    for name, millions in {"cross": 13.66, "co": 33.62, "merged": 12.61}.items():
-        assert table.parameters[name] / 1e6 == pytest.approx(millions, rel=1e-3)
-    assert table.times["cross"] == 1.0
-    assert (table.forward_ms > 0).all()

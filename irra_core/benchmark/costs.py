@@ -1,0 +1,76 @@
+"""Finished runs or a recipe → what they cost: milliseconds per photo and sentence, the three interaction encoders."""
+
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pandas import DataFrame
+
+from irra_core import runs
+from irra_core.backbone import configuration, patch_grid
+from irra_core.benchmark.workloads import interleave
+from irra_core.checkpoints import load_checkpoint
+from irra_core.interaction import build_interaction
+from irra_core.recipes import Recipe
+from irra_core.text import VOCABULARY
+
+
+def inference_ms(finished: DataFrame, batch_size: int = 32, repeats: int = 5) -> dict[str, float]:
+    """Variant → milliseconds to encode one photo and one sentence, in batches on this machine; finished variants only.
+
+    finished: what `studies.run_all` gave. The median over the repeats, in which the variants take turns.
+    """
+    firsts = finished[finished.status == "finished"].drop_duplicates("variant")
+    models = {row.variant: _timed_model(Path(row.path)) for row in firsts.itertuples()}
+    tokens = torch.randint(1, VOCABULARY - 2, (batch_size, 32), generator=torch.Generator().manual_seed(0))
+    tokens[:, -1] = VOCABULARY - 1
+
+    def encode(model) -> Callable[[], Any]:
+        device = next(model.parameters()).device
+        images, words = torch.zeros(batch_size, 3, *model.image_size, device=device), tokens.to(device)
+        return lambda: (model.encode_image(images), model.encode_text(words))
+
+    seconds = _medians({name: encode(model) for name, model in models.items()}, repeats)
+    return {name: 1000 * value / batch_size for name, value in seconds.items()}
+
+
+def _medians(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each call without gradients; the calls take turns."""
+    with torch.inference_mode():
+        seconds = interleave(calls, repeats, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _timed_model(folder: Path) -> torch.nn.Module:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_checkpoint(folder / runs.WEIGHTS)[0].eval().to(device)
+
+
+def interaction_costs(
+    made: Recipe, width: int | None = None, batch_size: int = 8, words: int = 77, repeats: int = 5
+) -> DataFrame:
+    """The three interaction encoders side by side: parameters, and the median time of a forward pass on one batch.
+
+    Columns `interaction, parameters, forward_ms, times`, the last against `cross`. The batch has random tokens: as many
+    words as given and the recipe's image tokens; `width` is the backbone's unless given, the depth the recipe's.
+    """
+    config = configuration(made.backbone)
+    width = width or config["embed_dim"]
+    grid = patch_grid((made.image_height, made.image_width), config["vision_cfg"]["patch_size"], made.stride)
+    generator = torch.Generator().manual_seed(made.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = (words, grid[0] * grid[1] + 1)
+    text, image = (torch.randn(batch_size, size, width, generator=generator).to(device) for size in sizes)
+    encoders = {
+        kind: build_interaction(kind, width, made.interaction_depth).eval().to(device)
+        for kind in ("cross", "co", "merged")
+    }
+    calls = {kind: (lambda encoder=encoder: encoder(text, image)) for kind, encoder in encoders.items()}
+    seconds = _medians(calls, repeats)
+    rows = [
+        (kind, sum(p.numel() for p in encoder.parameters()), 1000 * seconds[kind], seconds[kind] / seconds["cross"])
+        for kind, encoder in encoders.items()
+    ]
+    return DataFrame(rows, columns=["interaction", "parameters", "forward_ms", "times"])

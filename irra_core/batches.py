@@ -11,7 +11,7 @@ from torch import Tensor
 
 from irra_core.augmentation import augment, draw_augmentation, moved
 from irra_core.recipes import Recipe
-from irra_core.text import mask_tokens, masked_words, tokenize, trim
+from irra_core.text import mask_tokens, trim
 
 ORDER, MASKS, AUGMENTATION = range(3)  # what is drawn: each has random numbers of its own
 
@@ -93,15 +93,6 @@ class Batch:
             replace(self, **{name: values[start : start + size] for name, values in pairs.items()})
             for start in range(0, max(len(self.rows), 1), size)
         ]
-
-
-def sample_masked(annotations: DataFrame, recipe: Recipe, n: int = 5) -> list[tuple[list[str], list[str]]]:
-    """Some train captions as MLM reads them: (the words, the answers), an answer "" where nothing is asked."""
-    captions = annotations[annotations.split == "train"].caption.sample(n, random_state=recipe.seed)
-    masked, labels = mask_tokens(
-        tokenize(list(captions)), torch.Generator().manual_seed(recipe.seed), recipe.mask_probability
-    )
-    return [masked_words(*row) for row in zip(masked, labels, strict=True)]
 
 
 class Batches:

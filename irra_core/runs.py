@@ -6,10 +6,8 @@ import json
 import os
 import platform
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +19,7 @@ from irra_core.annotations import photo_table, table_digest
 from irra_core.checkpoints import replaced
 from irra_core.images import image_array
 from irra_core.recipes import NEUTRAL, RECIPES, Recipe, own_file, read_recipe
-from irra_core.settings import cores, progress_bar, reports_root, smoke
+from irra_core.settings import progress_bar, reports_root, smoke
 
 FORMAT = 1  # of what a run folder keeps; a run with another is made again
 WEIGHTS, STATE, STATE_BEFORE = "weights.safetensors", "state.safetensors", "state.previous.safetensors"
@@ -268,38 +266,3 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file atomically: to a temporary file, flushed to the disk, then renamed."""
     with replaced(path) as aside, aside.open("w", encoding="utf-8") as file:
         file.write(text)
-
-
-def peak_memory() -> int:
-    """This process's peak memory in bytes."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def machine() -> dict[str, Any]:
-    """Everything about this machine that can change rounding or speed: versions, device, threads."""
-    import torch
-
-    packages = ("irra-core", "torch", "open_clip_torch", "numpy", "pandas", "pillow")
-    cuda = torch.cuda.is_available()
-    return {
-        "python": platform.python_version(),
-        "platform": f"{sys.platform} {platform.machine()}",
-        "processor": _processor(),
-        "cores": cores(),
-        "threads": torch.get_num_threads(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "cuda": torch.version.cuda if cuda else None,
-        "cudnn": torch.backends.cudnn.version() if cuda else None,
-        "packages": {name: version(name) for name in packages},
-    }
-
-
-def _processor() -> str:
-    """The processor's model name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return found.group(1).strip() if found else platform.processor()

@@ -117,24 +117,15 @@ def detokenize_words(tokens: Int[Tensor, " length"]) -> list[tuple[str, list[int
             continue
         positions.append(position)
         if token == MASK_ID or position == last - 1 or _bpe().id_to_token(token).endswith("</w>"):
-            words.append((_spelt(ids[each] for each in positions), positions))
+            words.append((spelt(ids[each] for each in positions), positions))
             positions = []
     return words
 
 
-def _spelt(ids: Iterable[int]) -> str:
+def spelt(ids: Iterable[int]) -> str:
     """The text of a word's token ids; a mask is "[MASK]"."""
     pieces = ("[MASK]" if token == MASK_ID else _bpe().id_to_token(token).removesuffix("</w>") for token in ids)
     return "".join(pieces).translate(_BYTES).encode("latin-1").decode("utf-8", errors="replace")
-
-
-def masked_words(masked: Int[Tensor, " length"], labels: Int[Tensor, " length"]) -> tuple[list[str], list[str]]:
-    """The words of one masked caption as MLM reads them, and beside each the word to predict ("" where none is)."""
-    words, answers = [], []
-    for word, positions in detokenize_words(torch.where(labels != 0, labels, masked)):
-        words.append(_spelt(masked[positions].tolist()))
-        answers.append(word if labels[positions].any() else "")
-    return words, answers
 
 
 def mask_tokens(

@@ -23,7 +23,7 @@ from irra_core.augmentation import on_device, resides
 from irra_core.backbone import build_model, made_general, read_weights
 from irra_core.batches import ALONE, Batch, Batches, Team
 from irra_core.checkpoints import last_state, load_checkpoint, load_weights, save_checkpoint, save_state, save_tensors
-from irra_core.evaluation import Evaluation, evaluate, gain, scores
+from irra_core.evaluation import Evaluation, evaluate, gain, known_ceiling, known_twins, scores
 from irra_core.images import image_array, left_out
 from irra_core.model import IRRA
 from irra_core.objective import Objective, gradient_norm, half_weights, step_precision
@@ -189,8 +189,6 @@ class _Run:
     def __init__(
         self, recipe: Recipe, annotations: DataFrame, pixels: np.ndarray, folder: Path, progress, team: Team = ALONE
     ):
-        from irra_core.synthetic.people import twin_pids
-
         self.recipe, self.annotations, self.pixels = recipe, annotations, pixels
         self.folder, self.progress, self.team = folder, progress, team
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -207,7 +205,7 @@ class _Run:
         self.step, self.history, self.seconds = 0, [], {"training": 0.0}
         self.best_step, self.best_score = 0, -math.inf  # of the evaluation whose weights are selected so far
         self.objective = Objective(self.model, recipe, self.precision, team)
-        self.hard_pids = twin_pids(annotations, recipe)
+        self.hard_pids = known_twins(annotations, recipe)
         self.total = min(recipe.epochs * self.batches.steps_per_epoch, recipe.max_steps or math.inf)
         self.every = recipe.evaluate_every or self.batches.steps_per_epoch
         self.resume()
@@ -332,7 +330,6 @@ class _Run:
 
     def finish(self, counts: dict[str, int]) -> None:
         """Write metrics.json, which begins with `counts`, queries.csv and machine.json: test is read here, once."""
-        from irra_core.synthetic.people import is_rendered, synthetic_ceiling
         from irra_core.variants.adapters import merge
 
         metrics: dict[str, Any] = {"selected": {"on": self.recipe.select_on, "step": self.best_step}} | counts
@@ -345,8 +342,8 @@ class _Run:
             for name, model in self.starting_points():
                 start = self.evaluated(model.to(self.device), "test").text_to_image
                 metrics |= {name: scores(start), f"gain_over_{name}": gain(trained.text_to_image, start)}
-            if is_rendered(self.annotations, self.recipe):
-                metrics["ceiling_R1"] = synthetic_ceiling(self.annotations)
+            if (ceiling := known_ceiling(self.annotations, self.recipe)) is not None:
+                metrics["ceiling_R1"] = ceiling
             if self.team.leads:
                 columns = trained.text_to_image.drop(columns="caption")  # real captions may not be handed on
                 runs.write_text(self.folder / "queries.csv", columns.to_csv(index=False))
@@ -369,14 +366,16 @@ class _Run:
         """Versions, device, threads, parameters, seconds, peak memory and throughput of this run."""
         gpu = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
         trained = sum(p.numel() for group in self.optimiser.param_groups for p in group["params"])
-        return runs.machine() | {
+        from irra_core.scale.machine import machine, peak_memory
+
+        return machine() | {
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "trainable_parameters": trained,
             "processes": self.team.processes,
             "precision": self.precision,
             "seconds": self.seconds,
             "images_per_second": self.step * self.recipe.batch_size / max(self.seconds["training"], 1e-9),
-            "peak_memory_bytes": runs.peak_memory(),
+            "peak_memory_bytes": peak_memory(),
             "peak_gpu_memory_bytes": gpu,
         }
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from open_clips import new_open_clip
@@ -332,38 +331,6 @@ def test_the_encoder_that_is_not_pretrained_keeps_its_random_weights(towers, tmp
         assert torch.equal(value, (source if pretrained else drawn).state_dict()[name]), name
     irra.save_checkpoint(model, recipe, tmp_path / "model.safetensors")
     assert irra.load_checkpoint(tmp_path / "model.safetensors")[1] == recipe
-
-
-def test_without_network_the_error_says_which_file_to_put_where(monkeypatch):
-    def fail(*_, **__):
-        raise ConnectionError("no route to the hub")
-
-    monkeypatch.setattr(backbone, "getproxies", lambda: {"https": "a proxy, so that no name is looked up"})
-    monkeypatch.setattr(open_clip, "download_pretrained", fail)
-    with pytest.raises(FileNotFoundError) as caught:
-        backbone.download("ViT-B-16-quickgelu", "openai")
-    for part in ("no route to the hub", "get open_clip_model.safetensors of", "put it into", "-p pretrained data/"):
-        assert part in str(caught.value)
-
-
-def test_a_tag_stands_for_the_file_that_open_clip_downloads(monkeypatch):
-    monkeypatch.setattr(backbone, "getproxies", lambda: {"https": "a proxy"})
-    monkeypatch.setattr(open_clip, "download_pretrained", lambda source: f"/cache/{source['hf_hub']}file.safetensors")
-    found = backbone.download("ViT-B-16-quickgelu", "openai")
-    assert found == Path("/cache/timm/vit_base_patch16_clip_224.openai/file.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("name", "tag", "message"),
-    [
-        ("ViT-B-16-quickgelu", "opnai", "did you mean 'openai'"),
-        ("ViT-B-16", "openai", "another activation than backbone 'ViT-B-16': take 'ViT-B-16-quickgelu'"),
-        ("ViT-L-14", "laion2b_s32b_b82k", r"expects images with mean \(0.5, 0.5, 0.5\)"),
-    ],
-)
-def test_a_tag_that_does_not_suit_the_backbone_is_refused(name, tag, message):
-    with pytest.raises(ValueError, match=message):
-        backbone.download(name, tag)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ SEAMS = {  # core file → rooms that it may import, inside functions only
     "batches": ["scale"],
     "interaction": ["variants"],
     "model": ["variants"],
-    "backbone": ["synthetic", "variants"],
+    "backbone": ["hub", "synthetic", "variants"],
     "losses": ["variants"],
     "checkpoints": ["released", "variants"],
     "objective": ["scale"],
@@ -66,9 +66,10 @@ ROOMS = {  # room → other rooms that it may import
     "search": [],
     "released": [],
     "analysis": ["synthetic"],
-    "studies": ["analysis", "released", "synthetic"],
+    "studies": ["analysis", "hub", "released", "synthetic"],
     "explorer": ["analysis"],
-    "benchmark": ["released"],
+    "benchmark": ["released", "scale"],
+    "hub": [],
 }
 # What a room may import of the core, where that is not all of it.
 OF_THE_CORE = {"synthetic": ["settings"], "synthetic/pretraining.py": CORE}

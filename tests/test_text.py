@@ -21,7 +21,6 @@ from irra_core.text import (
     VOCABULARY,
     detokenize_words,
     mask_tokens,
-    masked_words,
     tokenize,
     trim,
 )
@@ -215,17 +214,6 @@ def test_words_and_their_positions_spell_the_caption():
     for word, positions in words:
         if word != "[MASK]":
             assert CLIP.decode(tokens[positions].tolist()).strip() == word
-
-
-def test_masked_words_show_what_the_model_reads_and_which_word_it_must_predict():
-    tokens = tokenize(["a backpackz coat"])[0]
-    masked, labels = tokens.clone(), torch.zeros_like(tokens)
-    masked[2], labels[2] = MASK_ID, tokens[2]
-    words, answers = masked_words(masked, labels)
-    assert words[1].startswith("[MASK]")
-    assert words[1].endswith("z")
-    assert [words[0], words[2]] == ["a", "coat"]
-    assert answers == ["", "backpackz", ""]
 
 
 def test_words_of_cut_and_trimmed_captions_end_where_the_tokens_do():

@@ -8,5 +8,6 @@ _HOMES = {
         "reliability calibration_error calibrated_temperature"
     ),
     "description": "describe",
+    "words": "sample_masked masked_words",
 }
 __getattr__, __dir__, __all__ = lazily(__name__, _HOMES)

@@ -29,6 +29,7 @@ from irra_core.model import IRRA
 from irra_core.objective import loss_parts
 from irra_core.recipes import recipe
 from irra_core.released import clone as released
+from irra_core.scale.machine import machine
 from irra_core.settings import progress_bar, smoke, unknown
 from irra_core.training import build_optimiser
 
@@ -75,7 +76,7 @@ def measure(
             rows += [row.to_dict(limits) for row in WORKS[name](bench)]
             bar.update(1)
     about = {"format": FORMAT, "shrunken": smoke(), "repeats": repeats, "compared": official is not None}
-    return about | {"machine": runs.machine() | {"device": _name(bench.device)}, "limits": limits, "rows": rows}
+    return about | {"machine": machine() | {"device": _name(bench.device)}, "limits": limits, "rows": rows}
 
 
 def _device(name: str | None) -> torch.device:

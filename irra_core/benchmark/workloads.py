@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from irra_core import runs
 from irra_core.annotations import photo_table
 from irra_core.backbone import build_model
 from irra_core.batches import Batch, Batches
@@ -36,6 +35,7 @@ from irra_core.model import IRRA
 from irra_core.objective import Objective, autocast, computes_bf16, loss_parts, step_precision
 from irra_core.recipes import Recipe, recipe
 from irra_core.released import clone as released
+from irra_core.scale.machine import peak_memory
 from irra_core.settings import cache_root, cores, smoke
 from irra_core.text import tokenize
 from irra_core.training import build_optimiser, optimise
@@ -391,7 +391,7 @@ def _memory(name: str) -> int:
     """Bytes of one of Linux's memory figures of this process; on other systems the peak."""
     status = Path("/proc/self/status")
     if not status.exists():
-        return runs.peak_memory()
+        return peak_memory()
     line = next(line for line in status.read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
 

@@ -18,7 +18,8 @@ from pandas import DataFrame
 
 from irra_core import runs
 from irra_core.annotations import hold_out
-from irra_core.backbone import WEIGHT_SUFFIXES, download
+from irra_core.backbone import WEIGHT_SUFFIXES
+from irra_core.hub.tags import download
 from irra_core.images import open_annotations
 from irra_core.recipes import PRESETS, Recipe, recipe
 from irra_core.settings import cores, project_root, reports_root, smoke, unknown

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from irra_core.augmentation import full_precision
 from irra_core.recipes import Recipe
-from irra_core.settings import unknown
 
 EPSILON = 1e-8  # released: keeps the logarithm of a target of zero finite
 
 
-def _in_full_precision(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def in_full_precision(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The loss computed outside autocast, half precision raised to float32; float64 stays float64."""
 
     @functools.wraps(loss)
@@ -34,7 +33,7 @@ def _raised(value: Any) -> Any:
     return full_precision(value) if isinstance(value, Tensor) else value
 
 
-@_in_full_precision
+@in_full_precision
 def sdm_loss(
     image: Float[Tensor, "batch dim"],
     text: Float[Tensor, "batch dim"],
@@ -48,28 +47,29 @@ def sdm_loss(
         loss = mean_i Σ_j p_ij (log p_ij − log(q_ij + ε)) + the same for sᵀ,   ε = 1e-8
     Source: IRRA (Jiang & Ye, CVPR 2023), "Similarity Distribution Matching"; ε as released.
     """
-    scores = _cosines(image, text) / temperature
-    same = _same(pids, scores)
+    scores = cosines(image, text) / temperature
+    same = same_person(pids, scores)
     target = (same / same.sum(1, keepdim=True) + EPSILON).log()
-    return _divergence(scores, target) + _divergence(scores.T, target)
+    return divergence(scores, target) + divergence(scores.T, target)
 
 
-def _cosines(image: Float[Tensor, "batch dim"], text: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch batch"]:
+def cosines(image: Float[Tensor, "batch dim"], text: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch batch"]:
+    """The cosine of every image with every text."""
     return F.normalize(image, dim=1) @ F.normalize(text, dim=1).T
 
 
-def _same(pids: Int[Tensor, " batch"], scores: Float[Tensor, "batch batch"]) -> Float[Tensor, "batch batch"]:
+def same_person(pids: Int[Tensor, " batch"], scores: Float[Tensor, "batch batch"]) -> Float[Tensor, "batch batch"]:
     """1 where row and column are the same person, else 0."""
     return (pids[:, None] == pids).to(scores.dtype)
 
 
-def _divergence(scores: Float[Tensor, "n m"], log_target: Float[Tensor, "n m"]) -> Float[Tensor, ""]:
+def divergence(scores: Float[Tensor, "n m"], log_target: Float[Tensor, "n m"]) -> Float[Tensor, ""]:
     """Mean over the rows of KL(softmax of the row ‖ its target), in nats."""
     log_p = scores.log_softmax(1)
     return (log_p.exp() * (log_p - log_target)).sum(1).mean()
 
 
-@_in_full_precision
+@in_full_precision
 def itc_loss(
     image: Float[Tensor, "batch dim"], text: Float[Tensor, "batch dim"], temperature: float = 0.02
 ) -> Float[Tensor, ""]:
@@ -78,85 +78,12 @@ def itc_loss(
     With s = cosine / temperature: loss = −½ mean_i (log softmax_j s_ij + log softmax_j s_ji) at j = i.
     Source: CLIP (Radford et al., ICML 2021), figure 3; the paper's baseline.
     """
-    scores = _cosines(image, text) / temperature
+    scores = cosines(image, text) / temperature
     right = torch.arange(len(scores), device=scores.device)
     return (F.cross_entropy(scores, right) + F.cross_entropy(scores.T, right)) / 2
 
 
-@_in_full_precision
-def cmpm_loss(
-    image: Float[Tensor, "batch dim"],
-    text: Float[Tensor, "batch dim"],
-    pids: Int[Tensor, " batch"],
-    target: str = "l2",
-) -> Float[Tensor, ""]:
-    """Cross-modal projection matching: the divergence image-to-text plus text-to-image, in nats.
-
-    Like sdm_loss, but on scalar projections s_ij = image_i · text_j / ‖text_j‖ (for the reverse: text_i · image_j /
-    ‖image_j‖), without a temperature. `target` "sum" divides the same-identity row by its sum, so that q is a
-    distribution (the paper); "l2" by its L2 norm (the released code; then the loss can be negative).
-    Source: Zhang & Lu, ECCV 2018, equations 3 to 7.
-    """
-    if target not in ("sum", "l2"):
-        raise unknown("cmpm target", target, ("sum", "l2"))
-    image_to_text = image @ F.normalize(text, dim=1).T
-    text_to_image = text @ F.normalize(image, dim=1).T
-    same = _same(pids, image_to_text)
-    size = same.sum(1, keepdim=True) if target == "sum" else same.norm(dim=1, keepdim=True)
-    log_target = (same / size + EPSILON).log()
-    return _divergence(image_to_text, log_target) + _divergence(text_to_image, log_target)
-
-
-@_in_full_precision
-def cmpc_loss(
-    image: Float[Tensor, "batch dim"],
-    text: Float[Tensor, "batch dim"],
-    pids: Int[Tensor, " batch"],
-    weight: Float[Tensor, "identities dim"],
-) -> Float[Tensor, ""]:
-    """Cross-modal projection classification: cross-entropy of both projected features, summed, in nats.
-
-    The image feature is projected onto its own text's direction t̄ and classified: logits_k = (image · t̄) (w̄_k · t̄),
-    with w̄_k = weight[k] / ‖weight[k]‖ (norm-softmax); the text feature likewise. pids are rows of `weight`.
-    CMPM/C is `cmpm + cmpc`. Source: Zhang & Lu, ECCV 2018, "Cross-Modal Projection Classification".
-    """
-    weight = F.normalize(weight, dim=1)
-    image_way, text_way = F.normalize(image, dim=1), F.normalize(text, dim=1)
-    image_on_text = (image * text_way).sum(1, keepdim=True) * text_way
-    text_on_image = (text * image_way).sum(1, keepdim=True) * image_way
-    pids = pids.long()
-    return F.cross_entropy(image_on_text @ weight.T, pids) + F.cross_entropy(text_on_image @ weight.T, pids)
-
-
-@_in_full_precision
-def tal_loss(
-    image: Float[Tensor, "batch dim"],
-    text: Float[Tensor, "batch dim"],
-    pids: Int[Tensor, " batch"],
-    margin: float = 0.1,
-    tau: float = 0.015,
-) -> Float[Tensor, ""]:
-    """Triplet alignment: a triplet loss against the soft maximum of all negatives, summed over the batch, in cosines.
-
-    With s = cosine, P_i the texts of the person pids[i], N_i all others, and α = softmax of s_ij / tau over j in P_i,
-    through which no gradient flows:
-        loss = Σ_i [margin − Σ_{j∈P_i} α_ij s_ij + tau · log Σ_{j∈N_i} exp(s_ij / tau)]₊ + the same for sᵀ
-    A batch of one person has no negatives and costs 0. The sum, margin and tau are those of the authors' code; the sum
-    gives its gradient about the size of sdm_loss's. Source: RDE (Qin et al., CVPR 2024), "Triplet Alignment Loss".
-    """
-    scores = _cosines(image, text)
-    same = pids[:, None] == pids
-    return _triplets(scores, same, margin, tau) + _triplets(scores.T, same, margin, tau)
-
-
-def _triplets(scores: Float[Tensor, "n n"], same: Tensor, margin: float, tau: float) -> Float[Tensor, ""]:
-    """Sum over the rows of one direction of tal_loss."""
-    alpha = (scores / tau).masked_fill(~same, -torch.inf).softmax(1).detach()
-    negative = tau * (scores / tau).masked_fill(same, -torch.inf).logsumexp(1)
-    return (margin - (alpha * scores).sum(1) + negative).clamp(min=0).sum()
-
-
-@_in_full_precision
+@in_full_precision
 def id_loss(
     image_logits: Float[Tensor, "batch identities"],
     text_logits: Float[Tensor, "batch identities"],
@@ -170,7 +97,7 @@ def id_loss(
     return (F.cross_entropy(image_logits, pids) + F.cross_entropy(text_logits, pids)) / 2
 
 
-@_in_full_precision
+@in_full_precision
 def mlm_loss(
     logits: Float[Tensor, "*words vocabulary"],
     labels: Int[Tensor, "*words"],
@@ -185,17 +112,6 @@ def mlm_loss(
     total = F.cross_entropy(logits.flatten(0, -2), labels.flatten().long(), ignore_index=0, reduction="sum")
     count = (labels != 0).sum() if count is None else torch.as_tensor(count, device=total.device)
     return total / count.clamp(min=1)
-
-
-LOSSES: dict[str, Callable[..., Tensor]] = {
-    "sdm": sdm_loss,
-    "itc": itc_loss,
-    "cmpm": cmpm_loss,
-    "cmpc": cmpc_loss,
-    "tal": tal_loss,
-    "id": id_loss,
-    "mlm": mlm_loss,
-}
 
 
 def total_loss(
@@ -224,6 +140,8 @@ def total_loss(
         "labels": features.word_labels,
         "count": word_count,
     }
+    from irra_core.variants.losses import LOSSES
+
     parts = {}
     for name in recipe.loss_names if names is None else names:
         wanted = inspect.signature(LOSSES[name]).parameters

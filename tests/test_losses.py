@@ -9,18 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from irra_core.losses import (
-    LOSSES,
-    cmpc_loss,
-    cmpm_loss,
-    id_loss,
-    itc_loss,
-    mlm_loss,
-    sdm_loss,
-    tal_loss,
-    total_loss,
-)
+from irra_core.losses import id_loss, itc_loss, mlm_loss, sdm_loss, total_loss
 from irra_core.recipes import LOSS_NAMES, recipe
+from irra_core.variants.losses import LOSSES, cmpc_loss, cmpm_loss, tal_loss
 
 REFERENCE = np.load(Path(__file__).parent / "reference" / "irra_reference.npz")
 CROWDS = {"strangers": [0, 1, 2, 3, 4], "a pair": [0, 0, 1, 2, 3], "two groups": [3, 1, 3, 1, 3], "one person": [2] * 5}

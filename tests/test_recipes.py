@@ -189,7 +189,7 @@ def test_own_data_is_found_from_the_working_directory(tmp_path, monkeypatch):
 
 
 def test_the_names_known_without_torch_are_the_names_that_exist():
-    from irra_core.losses import LOSSES
+    from irra_core.variants.losses import LOSSES
 
     assert set(LOSSES) == set(LOSS_NAMES)
     import open_clip

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from irra_core.model import IRRA
-from irra_core.recipes import Recipe, check_patches, open_clip_models, unsuited
+from irra_core.recipes import Recipe, check_patches
 from irra_core.settings import find_file
 from irra_core.transformer import CLIP
 
@@ -76,6 +76,8 @@ def configuration(backbone: str) -> Mapping[str, Any]:
 
     IRRA takes CLIP's vision transformer with its class token and CLIP's text encoder with its tokeniser.
     """
+    from irra_core.hub.configurations import open_clip_models, unsuited
+
     config = SMALL_CLIP if backbone == "small" else open_clip_models()[backbone]
     if reason := unsuited(config):
         raise ValueError(f"backbone {backbone!r} is not supported: {reason}; ViT-B-16-quickgelu is, for example")

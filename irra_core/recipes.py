@@ -1,9 +1,7 @@
 """A data set's name and overrides → `Recipe`, a frozen dataclass: every number of a run, its default, its source."""
 
 import dataclasses
-import functools
 import html
-import importlib.util
 import json
 import operator
 import sys
@@ -244,6 +242,8 @@ def patch_size(backbone: str) -> int | None:
     """Side of a backbone's patches in pixels; None for a name that is unknown or cannot be used."""
     if backbone == "small":
         return SMALL["stride"]
+    from irra_core.hub.configurations import open_clip_models, unsuited
+
     config = open_clip_models().get(backbone)
     return config["vision_cfg"].get("patch_size", 16) if config and not unsuited(config) else None
 
@@ -280,41 +280,6 @@ def own_file(dataset: str) -> Path | None:
     return find_file(dataset) if Path(dataset).suffix.lower() in (".json", ".csv", ".parquet") else None
 
 
-def backbones() -> list[str]:
-    """`small` and every open_clip model that IRRA can use; read from its files, so that torch is not imported."""
-    return ["small", *sorted(name for name, config in open_clip_models().items() if not unsuited(config))]
-
-
-# The options of open_clip's two encoders that the forward pass follows; it would silently ignore any other.
-FOLLOWED = {"layers", "width", "mlp_ratio", "ls_init_value", "act_kwargs", "norm_kwargs"}
-FOLLOWED_VISION = FOLLOWED | {"image_size", "patch_size", "head_width"}
-FOLLOWED_TEXT = FOLLOWED | {"context_length", "vocab_size", "heads"}
-
-
-def unsuited(config: Mapping[str, Any]) -> str | None:
-    """Why IRRA cannot use an open_clip configuration, or None: it takes CLIP's vision transformer and text encoder."""
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    if "timm_model_name" in vision or not isinstance(vision["layers"], int):
-        return "its image encoder is not CLIP's vision transformer"
-    words = text.get("context_length", 77), text.get("vocab_size", 49408), text.get("pool_type", "argmax")
-    if "hf_model_name" in text or words != (77, 49408, "argmax"):
-        return "its text encoder is not CLIP's (77 tokens of 49,408, causal, end token)"
-    if "multimodal_cfg" in config or vision.get("pool_type", "tok") != "tok" or vision.get("attentional_pool"):
-        return "its global image feature is not a class token"
-    ignored = [name for name in vision if vision[name] and name not in FOLLOWED_VISION | {"pool_type"}]
-    ignored += [name for name in text if text[name] and name not in FOLLOWED_TEXT | {"pool_type"}]
-    if ignored:
-        return f"the forward pass does not follow its options {', '.join(ignored)}"
-    return None
-
-
-@functools.cache
-def open_clip_models() -> dict[str, dict[str, Any]]:
-    """Name → configuration of every model that open_clip knows."""
-    folder = Path(importlib.util.find_spec("open_clip").submodule_search_locations[0]) / "model_configs"
-    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
-
-
 def _check_backbone(recipe: Recipe) -> None:
     """Accept an open_clip model that fits or `small`, and weights that it can have."""
     if recipe.pretrained == "none" and recipe.pretrained_towers != "both":
@@ -326,6 +291,8 @@ def _check_backbone(recipe: Recipe) -> None:
         if recipe.pretrained not in ("general", "none") and not Path(recipe.pretrained).suffix:
             raise unknown("pretrained", recipe.pretrained, ("general", "none", "the path of a weights file"))
         return
+    from irra_core.hub.configurations import backbones, open_clip_models, unsuited
+
     models = open_clip_models()
     if recipe.backbone not in models:
         raise unknown("backbone", recipe.backbone, backbones())

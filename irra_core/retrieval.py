@@ -155,10 +155,9 @@ class Gallery:
             features = self._store.features_of(self.images.image_id.to_numpy()[rows])
         else:
             features = self._encode(_checked_queries(queries))
-        scores, ids = self._store.nearest(features, _checked_k(k))
-        true = self._store.nearest(features, k, exact=True)[1]
-        rows = zip(true, ids, np.isfinite(scores), strict=True)
-        return float(np.mean([np.isin(best, returned[valid]).mean() for best, returned, valid in rows]))
+        from irra_core.search.stores import recall
+
+        return recall(self._store, features, _checked_k(k))
 
     def add(self, images: DataFrame | str | Path, progress=None) -> int:
         """How many photos of a table, a folder or a single file were added; those already here are skipped."""

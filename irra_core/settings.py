@@ -4,6 +4,7 @@ Every environment variable of the library is read here: IRRA_DATA, IRRA_REPORTS,
 """
 
 import difflib
+import functools
 import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -82,22 +83,16 @@ def short(value: object) -> str:
 
 @contextmanager
 def progress_bar(progress: Callable | None, **shown: Any) -> Iterator[Any]:
-    """A bar of the tqdm-like class `progress`, opened with `shown`; without a class, a stand-in that shows nothing."""
-    bar = progress(**shown) if progress else _NoBar()
+    """A bar of the tqdm-like class `progress`, opened with `shown`; without a class, one that shows nothing."""
+    if progress is None:
+        from tqdm import tqdm
+
+        progress = functools.partial(tqdm, disable=True)
+    bar = progress(**shown)
     try:
         yield bar
     finally:
         bar.close()
-
-
-class _NoBar:
-    """What code that reports its progress needs of a bar, without output."""
-
-    def update(self, n: int = 1) -> None: ...
-
-    def set_postfix(self, refresh: bool = True, **values: Any) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def lazily(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:

@@ -22,7 +22,7 @@ EXPLICIT = 512
 class CLIP(nn.Module):
     """The image encoder `visual` and the parts of the text encoder, with random weights.
 
-    `config` is an open_clip configuration (recipes.unsuited names the options that this code lacks), `image_size` is
+    `config` is an open_clip configuration (hub/configurations.py names the options that are followed), `image_size` is
     height and width in pixels. `logit_scale`, CLIP's learned temperature, is a buffer: IRRA's temperature is fixed.
     """
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import irra_core as irra
 from irra_core import backbone
 from irra_core.backbone import configuration, load_clip_weights, new_clip, resize_positions
-from irra_core.recipes import backbones, unsuited
+from irra_core.hub.configurations import backbones, unsuited
 
 REFERENCE = np.load(Path(__file__).parent / "reference" / "irra_reference.npz")
 TINY = {

@@ -45,6 +45,7 @@ CORE = [
     "retrieval",
 ]
 SEAMS = {  # core file → rooms that it may import, inside functions only
+    "recipes": ["hub"],
     "annotations": ["datasets"],
     "images": ["synthetic"],
     "batches": ["scale"],
@@ -124,9 +125,9 @@ def wrong_imports(package: Path) -> list[str]:
 
 def too_large(package: Path) -> list[str]:
     """Everything in the core that is beyond `MOST`: the core as a whole, its files, its functions and classes."""
-    paths = sorted(package.glob("*.py"))
+    paths = sorted(path for path in package.glob("*.py") if path.stem != "__init__")
     lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in paths}
-    sizes = [("files", "the core", len(paths) - 1), ("lines", "the core", sum(lines.values()))]
+    sizes = [("files", "the core", len(paths)), ("lines", "the core", sum(lines.values()))]
     sizes += [("lines of a file", name, count) for name, count in lines.items()]
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -201,7 +202,7 @@ def test_each_rule_finds_what_breaks_it(name, source, rule, said, tmp_path):
 def test_the_core_as_a_whole_is_counted(tmp_path):
     for number in range(22):
         (tmp_path / f"file{number}.py").write_text("x = 1\n" * 205)
-    assert too_large(tmp_path) == ["the core: 21 files, at most 20", "the core: 4,510 lines, at most 4,500"]
+    assert too_large(tmp_path) == ["the core: 22 files, at most 20", "the core: 4,510 lines, at most 4,500"]
 
 
 def test_contributing_lists_the_core_in_order_and_the_rooms_with_what_may_import_them():

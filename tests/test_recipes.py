@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 import irra_core as irra
-from irra_core.recipes import LOSS_NAMES, NEUTRAL, OPENAI, PRESETS, RECIPES, Recipe, backbones, read_recipe
+from irra_core.hub.configurations import backbones
+from irra_core.recipes import LOSS_NAMES, NEUTRAL, OPENAI, PRESETS, RECIPES, Recipe, read_recipe
 
 
 def test_the_cuhk_recipe_carries_the_papers_numbers():

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from irra_core.backbone import configuration, new_clip, seeded
-from irra_core.recipes import backbones
+from irra_core.hub.configurations import backbones
 from irra_core.transformer import CLIP, LayerNorm, ResidualAttentionBlock, attend, initialise
 
 MOST = 512  # width of an encoder in these tests, so that the largest backbones take no minute
@@ -26,7 +26,7 @@ def reduced(name: str) -> dict:
     return config | {"text_cfg": text | {"heads": text["width"] // text_head}}
 
 
-OPTIONS = {  # open_clip's options that the code follows and no supported configuration sets (see recipes.FOLLOWED)
+OPTIONS = {  # options of open_clip that are followed and that no supported configuration sets
     "ViT-S-32 of options": {
         "vision_cfg": {"norm_kwargs": {"eps": 1e-3}, "act_kwargs": {"approximate": "tanh"}, "ls_init_value": 0.3},
         "text_cfg": {"norm_kwargs": {"eps": 1e-2}, "act_kwargs": {"approximate": "tanh"}, "mlp_ratio": 2.5}

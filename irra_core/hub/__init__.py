@@ -1,1 +1,1 @@
-"""Weights that lie on a model hub."""
+"""The models that open_clip offers: their configurations, and their weights on the model hub."""

@@ -6,6 +6,9 @@ Each engine is imported when it is asked for.
 import hashlib
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import Float32
+
 from irra_core.batches import Team
 from irra_core.evaluation import encode_texts
 from irra_core.settings import unknown
@@ -69,3 +72,11 @@ def model_fingerprint(model) -> str:
         digest.update(f"{name} {tuple(values.shape)}".encode())
         digest.update(values.reshape(-1).numpy())
     return digest.hexdigest()
+
+
+def recall(store, features: Float32[np.ndarray, "queries dim"], k: int) -> float:
+    """The share of the true k nearest photos that the index of a store (Memory or Milvus) returns."""
+    scores, ids = store.nearest(features, k)
+    true = store.nearest(features, k, exact=True)[1]
+    rows = zip(true, ids, np.isfinite(scores), strict=True)
+    return float(np.mean([np.isin(best, returned[valid]).mean() for best, returned, valid in rows]))

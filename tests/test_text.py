@@ -193,8 +193,9 @@ def test_captions_given_together_have_the_tokens_that_each_has_alone():
         "end",
     ]
     assert torch.equal(tokenize(captions), torch.cat([tokenize([caption]) for caption in captions]))
+    unchecked = getattr(tokenize, "__wrapped__", tokenize)  # the tests' own type check looks at one caption by chance
     with pytest.raises(TypeError, match="caption 10 is None"):
-        tokenize([*captions, None])
+        unchecked([*captions, None])
 
 
 def test_eight_thousand_captions_take_less_than_two_seconds():

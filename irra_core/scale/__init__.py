@@ -1,1 +1,1 @@
-"""Several processes, batches in pieces, and faster arithmetic on some CPUs."""
+"""Training on several processes, batches in pieces, and faster linear maps on some CPUs."""

@@ -1,7 +1,7 @@
-"""Linear maps by the faster of torch's two libraries, and memory that is kept: what speeds up a model on a CPU.
+"""A model on a CPU → faster passes: linear maps by the faster of torch's two libraries, and reuse of freed memory.
 
-The model knows of neither: `accelerated` is entered around its forward pass. Results differ by rounding (measured on an
-AMD EPYC with AVX-512).
+The model is unchanged: its forward pass runs inside the context manager `accelerated`. Results differ by rounding
+(measured on an AMD EPYC with AVX-512).
 """
 
 import ctypes
@@ -16,19 +16,20 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-# torch multiplies float32 by MKL, which takes AVX2 on AMD's processors where oneDNN takes AVX-512: 110 against 235
-# GFLOP/s per core for ViT-B/16's layers. This is oneDNN's own entry. Intel's processors are as fast by either; those
-# without AVX-512 are slower by oneDNN, of transposed matrices by a third (measured on an AMD EPYC with AVX2).
+# torch multiplies float32 matrices by MKL. On AMD processors MKL uses AVX2 where oneDNN uses AVX-512: 110 against 235
+# GFLOP/s per core for ViT-B/16's layers. This operator calls oneDNN directly. Intel processors are equally fast with
+# both; processors without AVX-512 are slower with oneDNN, by a third for transposed matrices (measured on an AMD EPYC
+# with AVX2).
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-KEPT = 2**30  # bytes; smaller allocations come from memory that is kept, larger ones from the system, each time new
+KEPT = 2**30  # bytes: smaller allocations reuse freed memory, larger ones get new memory from the system each time
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def accelerated(device: torch.device) -> AbstractContextManager:
-    """Within, F.linear in float32 on a CPU with AVX-512, and its gradients, are computed by oneDNN.
+    """Context manager in which oneDNN computes F.linear and its gradients in float32 on a CPU with AVX-512.
 
-    On a CPU the process keeps the memory that it frees from then on. Has no effect on other devices, nor on linear maps
-    under autocast: enter it inside autocast.
+    On any CPU the process also keeps the memory that it frees, from then on. No effect on other devices, nor on linear
+    maps under autocast: enter it inside autocast.
     """
     if device.type != "cpu":
         return nullcontext()
@@ -37,7 +38,7 @@ def accelerated(device: torch.device) -> AbstractContextManager:
 
 
 class _FasterLinear(TorchFunctionMode):
-    """Takes calls of F.linear, those of nn.Linear included, to oneDNN where it can compute them."""
+    """Redirects calls of F.linear, including those of nn.Linear, to oneDNN where it can compute them."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.linear and not kwargs and _suits(*args):
@@ -46,14 +47,14 @@ class _FasterLinear(TorchFunctionMode):
 
 
 def _suits(tokens: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """True of single precision numbers in the main memory, outside autocast."""
+    """True for tensors in single precision on the CPU that are not empty, outside autocast."""
     float32 = tokens.dtype == weight.dtype == torch.float32
     return float32 and tokens.device.type == "cpu" and tokens.numel() > 0 and not torch.is_autocast_enabled("cpu")
 
 
 @functools.cache
 def _usable() -> bool:
-    """True where oneDNN's entry is the faster one and computes what it should."""
+    """True if oneDNN is the faster library on this CPU and its operator returns the right result."""
     if _ONEDNN is None or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     try:
@@ -68,7 +69,7 @@ def _product(left: Float[Tensor, "*batch dim"], right: Float[Tensor, "out dim"],
 
 
 class _Linear(torch.autograd.Function):
-    """The linear map with its gradients, each one product."""
+    """A linear map and its gradients, each computed as one product by oneDNN."""
 
     @staticmethod
     def forward(ctx, tokens, weight, bias):
@@ -88,10 +89,10 @@ class _Linear(torch.autograd.Function):
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Let this process use memory again that a step has freed, where the system's allocator is glibc's; True if so.
+    """Let this process reuse the memory that a step frees, if the system's allocator is glibc's; True if it is.
 
-    By default large pieces go back to the system at once and come back as new pages, which have to be cleared: a sixth
-    of the little model's training step. The process then holds its peak until it ends.
+    By default large blocks return to the system at once, and the next allocation gets new pages, which must be cleared:
+    a sixth of the small model's training step. With this setting the process holds its peak memory until it ends.
     """
     if not sys.platform.startswith("linux"):
         return False

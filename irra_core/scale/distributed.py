@@ -1,4 +1,4 @@
-"""torchrun → the processes of one run: started here, joined there, their rows, bars and errors passed on."""
+"""torchrun → the processes of one run: starts and connects them, and passes on their rows, bars and errors."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ from irra_core.checkpoints import replaced
 from irra_core.recipes import Recipe, check_processes
 
 PATIENCE = timedelta(hours=12)  # one process decodes a data set or pretrains the small CLIP while the others wait
-PREFIX = "irra-core: "  # begins the lines in which process 0 reports to the process that started it; JSON follows
+PREFIX = "irra-core: "  # prefix of the lines of JSON that process 0 writes for the process that started torchrun
 RAISED = {kind.__name__: kind for kind in (ValueError, TypeError, RuntimeError, FloatingPointError, OSError)}
 
 
@@ -49,14 +49,14 @@ def write_table(folder: Path, annotations: DataFrame) -> None:
 
 
 def read_table(folder: Path) -> DataFrame:
-    """The annotations that `write_table` wrote. Raises FileNotFoundError where there are none."""
+    """The annotations that `write_table` wrote. Raises FileNotFoundError if there is no such file."""
     if not (file := Path(folder) / runs.TABLE).is_file():
         raise FileNotFoundError(f"{file} is not there: irra.distributed.prepare_run(recipe, annotations) writes it")
     return pd.read_parquet(file)
 
 
 def run_process(train: Callable[..., Iterator[dict[str, Any]]], arguments: list[str] | None) -> None:
-    """Train the run prepared in a folder as one of torchrun's processes; process 0 writes for `launched` or a user.
+    """Train a prepared run as one of torchrun's processes; process 0 reports to `launched`, or prints a summary.
 
     `train` yields the rows of this process's part of the run.
     """
@@ -82,9 +82,9 @@ def run_process(train: Callable[..., Iterator[dict[str, Any]]], arguments: list[
 
 @contextmanager
 def joined() -> Iterator[Team]:
-    """This process's team from torchrun's environment, connected by NCCL for GPU tensors and gloo for the others.
+    """Yields this process's team from torchrun's environment, connected by NCCL for GPU tensors, gloo for others.
 
-    Without that environment, ALONE. Each process takes the GPU of its local number.
+    Yields ALONE without that environment. Each process uses the GPU whose number is LOCAL_RANK.
     """
     if "RANK" not in os.environ:
         yield ALONE
@@ -99,18 +99,18 @@ def joined() -> Iterator[Team]:
 
 
 def tell(kind: str, value: Any) -> None:
-    """Write one line for `launched`."""
+    """Write one message for `launched` as a line of JSON."""
     sys.stdout.write(f"{PREFIX}{json.dumps({kind: value}, default=str)}\n")
     sys.stdout.flush()
 
 
 class ToldBar:
-    """A bar, as far as training uses one, that writes lines for `launched`, which shows it."""
+    """A progress bar with the methods that training uses; it writes its state for `launched`, which shows it."""
 
     def __init__(self, total: int | None = None, initial: int = 0, desc: str | None = None, **other: Any):
         self.state = {"total": total, "initial": initial, "desc": desc, "n": initial, "postfix": {}}
         self.time = 0.0
-        self.shown = "leave" not in other  # not the short bars of an evaluation
+        self.shown = "leave" not in other  # the short bars of an evaluation are not shown
 
     def set_postfix(self, refresh: bool = True, **values: Any) -> None:
         self.state["postfix"] = values
@@ -122,14 +122,14 @@ class ToldBar:
             tell("bar", self.state)
 
     def close(self) -> None:
-        """Does nothing: the last line has said everything."""
+        """Does nothing: the last update wrote the final state."""
 
 
 @contextmanager
 def telling_errors(wanted: bool = True) -> Iterator[None]:
-    """Report an error from within before it is raised, so that the process that started this one can raise it too.
+    """Context manager that reports an error to `launched` before it raises the error, so that both can raise it.
 
-    The other processes wait a moment before they raise: torchrun ends all processes when one ends.
+    The other processes wait 2 s before they raise, because torchrun ends all processes when one ends.
     """
     try:
         yield
@@ -144,11 +144,11 @@ def telling_errors(wanted: bool = True) -> Iterator[None]:
 def launched(module: str, folder: Path, processes: int, progress=None) -> Iterator[dict[str, Any]]:
     """Run a module on a folder in several processes of this machine with torchrun; yields the rows that it reports.
 
-    Shows their bar as one of `progress`. Raises what process 0 raised, or RuntimeError with the last lines of output
-    where a process ended in another way. All processes end when the iteration does.
+    Shows their progress bar with `progress`. Raises the error of process 0, or RuntimeError with the last lines of
+    output if a process failed in another way. All processes end when the iteration ends.
     """
     if 0 < torch.cuda.device_count() < processes:
-        raise ValueError(f"processes is {processes}: this machine has {torch.cuda.device_count()} GPUs, one for each")
+        raise ValueError(f"processes is {processes}: this machine has only {torch.cuda.device_count()} GPUs")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     package = str(Path(__file__).parent.parent.parent)
     threads = max(1, torch.get_num_threads() // processes)
@@ -169,13 +169,13 @@ def launched(module: str, folder: Path, processes: int, progress=None) -> Iterat
             if not line.startswith(PREFIX):
                 last.append(line)
                 continue
-            told = json.loads(line.removeprefix(PREFIX))
-            if "row" in told:
-                yield told["row"]
-            error = told.get("error", error)
-            bar.show(told.get("bar"))
+            report = json.loads(line.removeprefix(PREFIX))
+            if "row" in report:
+                yield report["row"]
+            error = report.get("error", error)
+            bar.show(report.get("bar"))
         if started.wait():
-            kind, message = error or ("RuntimeError", f"one of {processes} processes ended:\n{''.join(last)}")
+            kind, message = error or ("RuntimeError", f"one of {processes} processes failed:\n{''.join(last)}")
             raise RAISED.get(kind, RuntimeError)(message)
     finally:
         bar.close()
@@ -183,13 +183,13 @@ def launched(module: str, folder: Path, processes: int, progress=None) -> Iterat
 
 
 class _OthersBar:
-    """The bars that another process reports, one at a time."""
+    """Shows the progress bars that another process reports, one at a time."""
 
     def __init__(self, progress):
         self.progress, self.bar, self.title = progress, None, None
 
     def show(self, state: dict[str, Any] | None) -> None:
-        """Move the bar to the state of the other one."""
+        """Set the bar to a reported state; a new title or total opens a new bar."""
         if not (self.progress and state):
             return
         if self.title != (state["desc"], state["total"]):

@@ -1,4 +1,4 @@
-"""One process's rows → all processes' rows, with their gradient."""
+"""The rows of one process → the rows of all processes, with a gradient."""
 
 import torch
 import torch.distributed as dist
@@ -8,7 +8,7 @@ from irra_core.batches import Team
 
 
 class Gathered(torch.autograd.Function):
-    """all_gather of parts whose lengths may differ by one; backward: all_reduce, then this process's part."""
+    """all_gather of parts whose numbers of rows may differ by one; backward: all_reduce, then this process's part."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, team: Team, count: int) -> Tensor:
@@ -18,8 +18,8 @@ class Gathered(torch.autograd.Function):
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in range(team.processes)]
         dist.all_gather(parts, padded)
-        places = [Team(process, team.processes).part(count) for process in range(team.processes)]
-        return torch.cat([part[: place.stop - place.start] for part, place in zip(parts, places)])
+        slices = [Team(process, team.processes).part(count) for process in range(team.processes)]
+        return torch.cat([part[: own.stop - own.start] for part, own in zip(parts, slices)])
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:

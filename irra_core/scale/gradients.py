@@ -1,4 +1,4 @@
-"""A batch in pieces or in several processes → the loss parts and gradients of the whole batch in one process."""
+"""A batch in pieces or on several processes → the same loss parts and gradients as the whole batch on one process."""
 
 import warnings
 from contextlib import nullcontext
@@ -19,7 +19,7 @@ def parallel(objective: Objective) -> DistributedDataParallel:
     """The objective's losses as a module whose gradients are averaged over all processes."""
     names, recipe = objective.recipe.loss_names, objective.recipe
     unused = ("mlm" in names and recipe.interaction == "co") or ("cmpc" in names and "id" not in names)
-    with warnings.catch_warnings():  # newer torch has another name for gradient_as_bucket_view, 2.10 only this one
+    with warnings.catch_warnings():  # newer torch renames gradient_as_bucket_view; 2.10 has only this name
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(
             _Losses(objective),
@@ -30,9 +30,10 @@ def parallel(objective: Objective) -> DistributedDataParallel:
 
 
 class _Losses(nn.Module):
-    """The losses as a module: DistributedDataParallel has to see in its output which weights get a gradient.
+    """The losses as a module: DistributedDataParallel finds the weights that get a gradient through its output.
 
-    It does not refer to the objective: in a cycle, the reducer's threads would outlive the process group.
+    It holds no reference to the objective: with a reference cycle, the reducer's threads would outlive the process
+    group.
     """
 
     def __init__(self, objective: Objective):
@@ -49,18 +50,18 @@ class _Losses(nn.Module):
     def piece_loss(
         self, piece: Batch, gradient: Float[Tensor, "piece both"], features: Float[Tensor, "all both"] | None
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """What is differentiated for one piece, and its share of the MLM loss.
+        """The scalar to differentiate for one piece, and the piece's share of the MLM loss.
 
-        `gradient` is that of the whole batch's losses at the piece's features. With the whole batch's `features` the
-        classifier gets its gradient, too.
+        `gradient` is that of the whole batch's losses at the piece's features. If the whole batch's `features` are
+        given, the classifier gets its gradient too.
         """
         with autocast(piece.pids.device, self.precision):
-            found = self.model(*piece.inputs)
-        total = (torch.cat([found.image, found.text], 1) * gradient).sum()
+            output = self.model(*piece.inputs)
+        total = (torch.cat([output.image, output.text], 1) * gradient).sum()
         mlm = total.new_zeros(())
-        if found.word_logits is not None:
-            mlm = mlm_loss(found.word_logits, found.word_labels, piece.word_count)
-            total = total + mlm * self.team.processes  # whose gradients are averaged
+        if output.word_logits is not None:
+            mlm = mlm_loss(output.word_logits, output.word_labels, piece.word_count)
+            total = total + mlm * self.team.processes  # DistributedDataParallel averages the gradients
         if features is not None and self.model.classifier is not None:
             total = total + sum(_losses_of_features(self.model, self.recipe, features, piece).values())
         return total, mlm.detach()
@@ -69,15 +70,15 @@ class _Losses(nn.Module):
 def in_pieces(objective: Objective, batch: Batch, size: int) -> dict[str, Float[Tensor, ""]]:
     """The loss parts of the whole batch, with `size` pairs in memory at once; adds its gradient to every `.grad`.
 
-    Features are computed first without a graph, the losses' gradient with respect to them is kept, and each piece is
-    computed again and receives its part of that gradient. That costs one more forward pass.
+    All features are computed without a graph, then the losses' gradient with respect to them. Each piece is computed
+    again and backpropagates its part of that gradient. This costs one more forward pass.
     Source: GradCache (Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021).
     """
     pieces, team, losses = batch.split(size), objective.team, objective.parallel or _Losses(objective)
     features, parts, gradient = _feature_gradient(objective, batch, pieces)
     mlm = features.new_zeros(())
     for number, (piece, piece_gradient) in enumerate(zip(pieces, gradient.split(size), strict=True), 1):
-        last = number == len(pieces)  # only then do the processes add up their gradients
+        last = number == len(pieces)  # only then do the processes reduce their gradients
         with nullcontext() if last or team.processes == 1 else losses.no_sync():
             total, piece_mlm = losses(piece, piece_gradient, features if last else None)
             if total.requires_grad:
@@ -91,7 +92,7 @@ def in_pieces(objective: Objective, batch: Batch, size: int) -> dict[str, Float[
 def _feature_gradient(
     objective: Objective, batch: Batch, pieces: list[Batch]
 ) -> tuple[Float[Tensor, "all both"], dict[str, Float[Tensor, ""]], Float[Tensor, "mine both"]]:
-    """The whole batch's features, its losses but MLM, and their gradient at this process's features."""
+    """The whole batch's features, its losses except MLM, and their gradient at this process's features."""
     model = objective.model
     with torch.no_grad(), autocast(batch.pids.device, objective.precision):
         halves = [(model.encode_image(piece.images), model.encode_text(piece.tokens)) for piece in pieces]
@@ -104,7 +105,7 @@ def _feature_gradient(
 def _losses_of_features(
     model: IRRA, recipe: Recipe, features: Float[Tensor, "all both"], batch: Batch
 ) -> dict[str, Float[Tensor, ""]]:
-    """The losses but MLM, from global features; a row holds image and text side by side."""
+    """The losses except MLM from global features; each row holds the image and the text feature side by side."""
     names = [name for name in recipe.loss_names if name != "mlm"]
-    found = model.classified(Features(*features.chunk(2, 1)))
-    return total_loss(found, batch.all_pids, recipe, class_weight(model), names=names)
+    output = model.classified(Features(*features.chunk(2, 1)))
+    return total_loss(output, batch.all_pids, recipe, class_weight(model), names=names)

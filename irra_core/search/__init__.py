@@ -1,1 +1,1 @@
-"""Approximate search, Milvus and re-ranking behind a gallery."""
+"""Storage and search of a gallery's photos: memory, folders, HNSW graphs, Milvus, re-ranking."""

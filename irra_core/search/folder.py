@@ -1,9 +1,9 @@
 """A gallery's folder ↔ a `Memory`: the head `gallery.json`, parts of features and rows, and the HNSW graph.
 
-A part of format 2 is one safetensors file with a checksum over all of it: `features` (float32), `image_id` (int64),
+A part of format 2 is one safetensors file with a checksum over its content: `features` (float32), `image_id` (int64),
 `pid` (int64) and `pid_known` (bool), `paths` (the UTF-8 bytes of all paths, joined) and `offsets` (int64: path i is
-bytes offsets[i] to offsets[i + 1]). A part of format 1 has the rows in a Parquet file beside it. Such folders are read,
-and get their next parts in format 2: each part shows which of the two it is.
+bytes offsets[i] to offsets[i + 1]). A part of format 1 has its rows in a Parquet file beside it. Parts of format 1 can
+be read; new parts are always written in format 2. The arrays of a part show its format.
 """
 
 import json
@@ -31,20 +31,20 @@ from irra_core.search.hnsw import GRAPH
 from irra_core.search.nearest import Memory, Shard
 from irra_core.search.stores import check_index, feature_width, model_fingerprint
 
-FORMAT = 2  # what is written; format 1 is read
+FORMAT = 2  # written; format 1 can still be read
 HEAD = "gallery.json"
 
 
 def open_or_begin(folder: Path, model, index: str, team: Team) -> Memory:
-    """The photos that a folder has already, or none in a new one; other processes may begin it at the same moment."""
+    """The photos stored in a folder, none if it is new; other processes may create the folder at the same time."""
     if not (folder / HEAD).is_file():
         begin_folder(folder, model, index)
-    head = _read_head(folder, model)  # another model's gallery, begun in this moment, is refused here
+    head = _read_head(folder, model)  # raises if another process has just created another model's gallery
     if head["format"] < FORMAT:
-        (folder / GRAPH).unlink(missing_ok=True)  # format 1 had arrays of its own in place of faiss's
+        (folder / GRAPH).unlink(missing_ok=True)  # format 1 did not store the graph in faiss's format
     if (head["format"], head["index"]) != (FORMAT, index):
         begin_folder(folder, model, index, head["photos"])
-    head |= {"format": FORMAT, "index": index if team == ALONE else "exact"}  # a share is always searched exactly
+    head |= {"format": FORMAT, "index": index if team == ALONE else "exact"}  # a process's share has no graph
     return _filled(folder, head, whole=False)
 
 
@@ -55,16 +55,16 @@ def load_folder(folder: Path, model, index: str | None = None) -> Memory:
 
 
 def _filled(folder: Path, head: Mapping[str, Any], whole: bool) -> Memory:
-    """The photos of all parts; unless `whole`, parts may be missing, because the caller encodes their photos again."""
+    """The photos of all parts. Raises ValueError for missing parts if `whole`; else the caller encodes those photos."""
     store, graph = Memory(head["dim"], head["index"]), folder / GRAPH
     parts = [_read_part(path, head["dim"]) for path in sorted(folder.glob("part-*.safetensors"))]
     if (count := sum(len(photos) for photos, _ in parts)) < head["photos"]:
         if whole:
             raise ValueError(
                 f"{folder} has {count:,} of its {head['photos']:,} photos, a part is missing: copy the gallery "
-                "again, or call Gallery.build(…, folder=) with the same photos, which adds what is missing"
+                "again, or call Gallery.build(…, folder=) with the same photos, which adds the missing ones"
             )
-        graph.unlink(missing_ok=True)  # the photos that are encoded again come in another order
+        graph.unlink(missing_ok=True)  # photos that are encoded again are stored in another order
     store.extend(parts, graph if head["format"] == FORMAT else None)
     if (twice := store.images.image_id.duplicated()).any():
         raise ValueError(f"{folder}: image_id {store.images.image_id[twice].iloc[0]} is there twice: build it again")
@@ -72,7 +72,7 @@ def _filled(folder: Path, head: Mapping[str, Any], whole: bool) -> Memory:
 
 
 def save_folder(folder: Path, model, store: Memory) -> None:
-    """Write a gallery to a folder, which appears complete or not at all, and replaces a gallery that was there."""
+    """Write a gallery to a folder, which is renamed into place once complete; it replaces an existing gallery."""
     _check_free(folder)
     aside, old = (folder.with_name(f"{folder.name}.{word}-{os.getpid()}") for word in ("partial", "old"))
     try:
@@ -91,13 +91,13 @@ def save_folder(folder: Path, model, store: Memory) -> None:
 
 
 def complete_folder(folder: Path, model, store: Memory) -> None:
-    """Write what only the last call on a folder knows: the number of photos, and the graph."""
+    """Write what is known only after all parts are written: the number of photos, and the graph."""
     store.save_graph(folder)
     begin_folder(folder, model, store.index, len(store))
 
 
 def begin_folder(folder: Path, model, index: str, photos: int = 0) -> None:
-    """Write a folder's head; `photos` is the least number of photos that it has."""
+    """Write a folder's head; `photos` is the minimum number of photos in the folder."""
     _check_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
     head = {"format": FORMAT, "model": model_fingerprint(model), "dim": feature_width(model), "index": index}
@@ -105,9 +105,9 @@ def begin_folder(folder: Path, model, index: str, photos: int = 0) -> None:
 
 
 def _check_free(folder: Path) -> None:
-    """Refuse a folder that holds anything but a gallery.
+    """Raise ValueError for a path that holds anything but a gallery.
 
-    Another process may begin the gallery at this moment. It writes the head first, so we look for the head last.
+    Another process may create the gallery at the same time. It writes the head first, so the head is checked last.
     """
     taken = folder.exists() and (not folder.is_dir() or any(folder.glob("[!.]*")))
     if taken and not (folder / HEAD).is_file():
@@ -118,9 +118,9 @@ def _read_head(folder: Path, model) -> dict[str, Any]:
     """The head of a folder, checked against the model."""
     path = folder / HEAD
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no gallery: it has no {HEAD}; Gallery.build(…, folder=) makes one")
+        raise FileNotFoundError(f"{folder} is no gallery: it has no {HEAD}; Gallery.build(…, folder=) creates one")
     try:
-        head = {"photos": 0} | json.loads(path.read_text(encoding="utf-8"))  # an unfinished gallery has no number
+        head = {"photos": 0} | json.loads(path.read_text(encoding="utf-8"))  # an unfinished gallery may lack it
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): build the gallery again") from None
     kinds = {"format": int, "model": str, "dim": int, "index": str, "photos": int}
@@ -134,21 +134,21 @@ def _read_head(folder: Path, model) -> dict[str, Any]:
         )
     if head["dim"] != width:
         raise ValueError(
-            f"{path} is damaged: it gives the features' width as {head['dim']}, the model's is {width}: "
+            f"{path} is damaged: it says that features have width {head['dim']}, the model's have width {width}: "
             "build the gallery again"
         )
     return head
 
 
 def written(shards: Iterable[Shard], folder: Path, team: Team) -> Iterator[Shard]:
-    """The same shards; each is written to the folder before it is passed on."""
+    """Yields the same shards, each one after writing it to the folder."""
     for photos, features in shards:
         _write_part(folder, photos, features, team)
         yield photos, features
 
 
 def _write_part(folder: Path, photos: DataFrame, features: Float32[np.ndarray, "n dim"], team: Team = ALONE) -> None:
-    """Write the next part. Process p of n takes the numbers p, p + n, p + 2n, …, so that no two write the same part."""
+    """Write the next part. Process p of n uses part numbers p, p + n, p + 2n, …, so that no two write the same part."""
     process, processes = team
     numbers = [int(path.stem.removeprefix("part-")) for path in folder.glob("part-*.safetensors")]
     free = max(numbers, default=-1) + 1
@@ -166,28 +166,28 @@ def _write_part(folder: Path, photos: DataFrame, features: Float32[np.ndarray, "
 
 
 def _read_part(path: Path, dim: int) -> Shard:
-    """The rows and features of one part. Raises ValueError for one that is damaged."""
+    """The rows and features of one part. Raises ValueError if the part is damaged."""
     try:
         if not path.is_file():
-            raise ValueError("it is no regular file")
-        with safe_open(path, "pt") as file:  # torch has a name for every dtype, numpy has not
+            raise ValueError("it is not a regular file")
+        with safe_open(path, "pt") as file:  # torch supports every dtype, numpy does not
             arrays, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
         earlier = "paths" not in arrays
         if (CHECKSUM in metadata or not earlier) and metadata.get(CHECKSUM) != checksum(arrays, metadata):
-            raise ValueError("its content has another checksum than when it was written")
+            raise ValueError("its checksum does not match its content")
         photos, features = (_format_1 if earlier else _rows)(arrays, path), arrays["features"].numpy()
         if features.dtype != np.float32 or features.shape != (len(photos), dim):
             raise ValueError(f"features are {features.dtype} {features.shape}, expected float32 {(len(photos), dim)}")
     except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} is damaged ({error}): delete it, and Gallery.build(…, folder=) with the same photos adds what is "
-            "missing"
+            f"{path} is damaged ({error}): delete it, then call Gallery.build(…, folder=) with the same photos, which "
+            "adds the missing ones"
         ) from None
     return photos, features
 
 
 def _rows(arrays: Mapping[str, Tensor], path: Path) -> DataFrame:
-    """The rows in a part's arrays."""
+    """The rows stored in the arrays of a part of format 2."""
     content = arrays["paths"].numpy().tobytes()
     paths = [content[start:end].decode() for start, end in pairwise(arrays["offsets"].tolist())]
     pids = pd.arrays.IntegerArray(arrays["pid"].numpy().copy(), ~arrays["pid_known"].numpy())
@@ -195,9 +195,9 @@ def _rows(arrays: Mapping[str, Tensor], path: Path) -> DataFrame:
 
 
 def _format_1(arrays: Mapping[str, Tensor], path: Path) -> DataFrame:
-    """The rows in the Parquet file beside a part of format 1, which may have no checksum: all of it is checked.
+    """The rows in the Parquet file beside a part of format 1, fully checked because the part may have no checksum.
 
-    A column of another dtype than was written is refused, since converting it may lose something.
+    Raises TypeError for a column of an unexpected dtype, because a conversion could lose information.
     """
     from pyarrow import parquet, types
 
@@ -210,6 +210,6 @@ def _format_1(arrays: Mapping[str, Tensor], path: Path) -> DataFrame:
     photos = photos.astype({"image_id": np.int64, "path": "str", "pid": "Int64"})
     ids = arrays["image_id"]
     if ids.dtype != torch.int64 or not np.array_equal(ids.numpy(), photos.image_id) or photos.path.isna().any():
-        raise ValueError(f"{file.name} names other photos")
+        raise ValueError(f"{file.name} does not belong to this part")
     check_unit(arrays["features"].numpy(), list(photos.path), "the part is damaged")
     return photos

@@ -1,4 +1,4 @@
-"""Features → an HNSW graph over them: faster, approximate search by faiss, which grows and is saved."""
+"""Features → an HNSW graph over them, by faiss: fast approximate search; rows can be added, and the graph saved."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ NEIGHBOURS, BUILD_WIDTH, SEARCH_WIDTH = 32, 200, 64  # of the HNSW graph: recall
 class Graph:
     """An HNSW graph over rows of features; `nodes[i]` is the graph's node of row i.
 
-    The node of a removed row stays in the graph as a bridge that is never returned, so that nothing is rebuilt.
+    The node of a removed row stays in the graph, so that the graph is not rebuilt, but a search never returns it.
     """
 
     def __init__(self, dim: int):
@@ -35,7 +35,7 @@ class Graph:
         self.hnsw.add(features)
 
     def nearest(self, queries: Float32[np.ndarray, "q dim"], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and rows (−1: none) of the nearest rows that the search reaches."""
+        """Scores and numbers of the nearest rows that the search reaches; number −1 where there are fewer than k."""
         row_of = np.full(self.hnsw.ntotal, -1)
         row_of[self.nodes] = np.arange(len(self))
         settings = {"efSearch": max(SEARCH_WIDTH, 2 * k)}
@@ -46,9 +46,9 @@ class Graph:
         return scores, np.where(nodes < 0, -1, row_of[nodes])
 
     def save(self, path: Path, ids: Int64[np.ndarray, " n"]) -> None:
-        """Write faiss's own bytes with our checksum, and the rows' image_ids.
+        """Write the graph in faiss's format with a checksum, and the rows' image_ids.
 
-        The vectors of the rows are in the gallery's parts; only those of removed rows are written here.
+        The vectors of the rows are stored in the gallery's parts; only those of removed rows are written here.
         """
         writer = faiss.VectorIOWriter()
         faiss.write_index(self.hnsw, writer, faiss.IO_FLAG_SKIP_STORAGE)
@@ -63,16 +63,16 @@ class Graph:
 def load_graph(path: Path, features: Float32[np.ndarray, "n dim"], ids: Int64[np.ndarray, " n"]) -> Graph:
     """The saved graph of the first rows. Raises ValueError for a file that is damaged or indexes other photos.
 
-    The checksum is compared before faiss, which trusts its own format, reads the bytes.
+    The checksum is verified before faiss reads the bytes, because faiss does not validate them.
     """
     graph = Graph(features.shape[1])
     try:
         with safe_open(path, "pt") as file:
             tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
         if metadata.get(CHECKSUM) != checksum(tensors, metadata):
-            raise ValueError("its content has another checksum than when it was written")
+            raise ValueError("its checksum does not match its content")
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-        graph.nodes = arrays["nodes"].copy()  # the file stays mapped only while it is read
+        graph.nodes = arrays["nodes"].copy()  # a copy, so that the file does not stay memory-mapped
         if not np.array_equal(arrays["image_id"], ids[: len(graph)]):
             raise ValueError("it indexes other photos")
         vectors = np.empty((len(graph) + len(arrays["removed"]), features.shape[1]), np.float32)
@@ -85,14 +85,14 @@ def load_graph(path: Path, features: Float32[np.ndarray, "n dim"], ids: Int64[np
 
 
 def _with_vectors(content: UInt8[np.ndarray, " bytes"], vectors: Float32[np.ndarray, "m dim"]) -> faiss.IndexHNSWFlat:
-    """The index in faiss's bytes, which leave out the vectors."""
+    """The index from faiss's bytes, which do not contain the vectors, joined with these vectors."""
     reader = faiss.VectorIOReader()
     faiss.copy_array_to_vector(content, reader.data)
     index = faiss.read_index(reader, faiss.IO_FLAG_SKIP_STORAGE)
     storage = faiss.IndexFlatIP(vectors.shape[1])
     storage.add(vectors)
     if (index.ntotal, index.d) != (storage.ntotal, storage.d):
-        raise ValueError(f"it is for {index.ntotal} vectors of width {index.d}, there are {vectors.shape}")
+        raise ValueError(f"it indexes {index.ntotal} vectors of width {index.d}, expected {vectors.shape}")
     index.storage, index.own_fields = storage, True
     storage.this.disown()  # the index frees it
     return index

@@ -1,4 +1,4 @@
-"""Photos' features and ids → the nearest of them to a query, by Milvus: embedded, a server or a cluster."""
+"""Photos' features and ids → the photos nearest to a query, by Milvus: embedded, a server or a cluster."""
 
 import contextlib
 import logging
@@ -17,14 +17,14 @@ from irra_core.search.hnsw import BUILD_WIDTH, NEIGHBOURS, SEARCH_WIDTH
 from irra_core.search.nearest import Memory, Shard
 
 INDEXES = {"exact": ("FLAT", {}), "hnsw": ("HNSW", {"M": NEIGHBOURS, "efConstruction": BUILD_WIDTH})}
-BATCH = 1000  # rows or queries a message: at width 512 they are 2 MB, and a server takes 64
+BATCH = 1000  # rows or queries per message: 2 MB at width 512, and a server accepts 64 MB
 MOST_RESULTS = 16_384  # Milvus's limit
-TIMEOUT, PATIENCE = 30.0, 30.0  # seconds for one answer; and for a server that went away, which starts in 7
-UNKNOWN_PID = -(2**63)  # older servers have no empty values
+TIMEOUT, PATIENCE = 30.0, 30.0  # seconds: for one response; for a lost server to return (it starts in 7)
+UNKNOWN_PID = -(2**63)  # older servers do not support null values
 
 
 def is_milvus(url: str | Path) -> bool:
-    """True for what names a Milvus database: a .db file, or http(s)://; `#name` picks one of its galleries."""
+    """True if the url names a Milvus database: a .db file, or http(s)://; `#name` selects one of its galleries."""
     base = str(url).partition("#")[0]
     return base.endswith(".db") or re.match(r"https?://", base) is not None
 
@@ -32,13 +32,13 @@ def is_milvus(url: str | Path) -> bool:
 class Milvus:
     """Features and rows in a Milvus collection; it has the methods of `nearest.Memory`.
 
-    The collection's name ends in the model's fingerprint, so that features of two models never meet. A call that finds
-    the server gone is repeated for 30 s; then ConnectionError says so. Rows are written by image_id, so that repeating
-    changes nothing.
+    The collection's name ends in the model's fingerprint, so that features of two models are never mixed. While the
+    server does not respond, a call is repeated for 30 s; then it raises ConnectionError. Rows are written by image_id,
+    so that repeating a write changes nothing.
     """
 
     def __init__(self, url: str, dim: int, index: str | None, fingerprint: str):
-        """Connect, and make the gallery unless it is there (`index` None: it must be)."""
+        """Connect, and create the gallery if it does not exist; with `index` None this raises FileNotFoundError."""
         self.url, _, name = str(url).partition("#")
         if not re.fullmatch(r"(?a:[A-Za-z]\w{0,99})?", name):
             raise ValueError(f"gallery name {name!r} after # in the url: accepted are letters, digits and _")
@@ -48,19 +48,20 @@ class Milvus:
         there = self._call("has_collection", self._name)
         if not there and index is None:
             raise FileNotFoundError(
-                f"{self.url} has no gallery {name or 'gallery'!r}: Gallery.build(…, url=) makes one"
+                f"{self.url} has no gallery {name or 'gallery'!r}: Gallery.build(…, url=) creates one"
             )
         if not there:
             self._create(index)
         self.index = self._found_index()
         if index not in (None, self.index):
             raise ValueError(
-                f"{url} has index {self.index!r}, asked for is {index!r}: take that, or another name after # in the url"
+                f"{url} has index {self.index!r}, asked for is {index!r}: give index={self.index!r}, or another name "
+                "after # in the url"
             )
         self._call("load_collection", self._name)
 
     def _check_models(self, name: str, fingerprint: str) -> None:
-        """Refuse a gallery of this name that another model made."""
+        """Raise ValueError for a gallery of this name that was built by another model."""
         for found in self._call("list_collections"):
             other = found.removeprefix(f"{name}_")
             if other != fingerprint and re.fullmatch(r"[0-9a-f]{32}", other):
@@ -70,7 +71,7 @@ class Milvus:
                 )
 
     def _create(self, index: str) -> None:
-        """A new collection, whose answers always include what was written before."""
+        """Create the collection, with strong consistency: a search sees every earlier write."""
         from pymilvus import DataType
 
         kind, settings = INDEXES[index]
@@ -95,22 +96,22 @@ class Milvus:
 
     @property
     def images(self) -> DataFrame:
-        """All rows, by image_id."""
+        """All rows, sorted by image_id."""
         parts = [_table(rows) for rows in self._batches(["id", "path", "pid"])]
         return pd.concat([_table([]), *parts], ignore_index=True).sort_values("image_id", ignore_index=True)
 
     def _batches(self, fields: list[str]) -> Iterator[list[dict]]:
-        """Every row, a batch at a time."""
+        """Yields all rows in batches."""
         rows = self._call("query_iterator", self._name, batch_size=BATCH, output_fields=fields)
         try:
             while batch := self._ask("query_iterator", rows.next):
                 yield batch
         finally:
-            with _quiet(), contextlib.suppress(Exception):  # a lost server has been reported
+            with _quiet(), contextlib.suppress(Exception):  # a lost server was already reported
                 rows.close()
 
     def extend(self, shards: Iterable[Shard]) -> None:
-        """Write shards as they come; an approximate index is then built by the server, in the background."""
+        """Write shards as they arrive; then the server builds an approximate index in the background."""
         written = False
         for photos, features in shards:
             written = True
@@ -119,11 +120,14 @@ class Milvus:
             rows = [dict(zip(("id", "path", "pid", "features"), row, strict=True)) for row in columns]
             for start in range(0, len(rows), BATCH):
                 self._call("upsert", self._name, rows[start : start + BATCH])
-        if written and self.index != "exact":  # an open segment has a coarse index of its own: recall 0.33, not 0.55
+        if written and self.index != "exact":  # unflushed rows have a coarser index: recall 0.33 instead of 0.55
             self._call("flush", self._name)
 
     def rows(self, ids: Int64[np.ndarray, " q"], known: bool = True) -> DataFrame:
-        """The photos' rows in the order of the ids. Raises ValueError for one that is not here, unless not `known`."""
+        """The photos' rows in the order of the ids.
+
+        Raises ValueError for an id that is not in the gallery; with `known` False, skips it.
+        """
         found = _table(self._get(ids, ["id", "path", "pid"]))
         row = pd.Index(found.image_id).get_indexer(ids)
         if known and (row < 0).any():
@@ -131,7 +135,7 @@ class Milvus:
         return found.iloc[row[row >= 0]].reset_index(drop=True)
 
     def _get(self, ids: Int64[np.ndarray, " q"], fields: list[str]) -> list[dict]:
-        """The rows of some ids that are here, in no order."""
+        """The rows of those ids that are in the gallery, in no particular order."""
         found, ids = [], np.unique(ids).tolist()
         for start in range(0, len(ids), BATCH):
             found += self._call("get", self._name, ids[start : start + BATCH], output_fields=fields)
@@ -143,16 +147,16 @@ class Milvus:
         return np.array([found[i] for i in ids.tolist()], np.float32).reshape(len(ids), self.dim)
 
     def remove(self, ids: Int64[np.ndarray, " q"]) -> None:
-        """Take photos out."""
+        """Remove photos."""
         for start in range(0, len(ids), BATCH):
             self._call("delete", self._name, ids=ids[start : start + BATCH].tolist())
 
     def nearest(
         self, queries: Float32[np.ndarray, "q dim"], k: int, exact: bool = False
     ) -> tuple[Float32[np.ndarray, "q k2"], Int64[np.ndarray, "q k2"]]:
-        """Scores, best first, and image_ids of the k nearest photos; where fewer are found the score is −inf."""
+        """Scores, best first, and image_ids of the k nearest photos; missing results have the score −inf."""
         if k > MOST_RESULTS and (k := min(k, len(self))) > MOST_RESULTS:
-            raise ValueError(f"k is {k}: Milvus gives at most {MOST_RESULTS:,} results")
+            raise ValueError(f"k is {k}: Milvus returns at most {MOST_RESULTS:,} results")
         if exact and self.index != "exact":
             return self._compare_all(queries, k)
         hits = []
@@ -169,7 +173,7 @@ class Milvus:
         return scores, ids
 
     def _compare_all(self, queries: Float32[np.ndarray, "q dim"], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The exact result, from fetching every feature: what the index is measured by."""
+        """The exact result, from fetching every feature: the reference for measuring an index's recall."""
         scores = np.empty((len(queries), 0), np.float32)
         ids = np.empty((len(queries), 0), np.int64)
         for rows in self._batches(["id", "features"]):
@@ -183,11 +187,11 @@ class Milvus:
         return scores, ids
 
     def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """One request of the client."""
+        """The response to one request of the client."""
         return self._ask(name, lambda: getattr(self._client, name)(*args, timeout=TIMEOUT, **kwargs))
 
     def _ask(self, name: str, request: Callable[[], Any]) -> Any:
-        """The answer to a request, which is repeated while the server is away."""
+        """The response to a request, which is repeated while the server does not respond."""
         from pymilvus.exceptions import MilvusException
 
         deadline = time.monotonic() + PATIENCE
@@ -205,13 +209,13 @@ class Milvus:
 
 
 def _connect(url: str):
-    """A client. Raises ConnectionError at once where nobody answers."""
+    """A Milvus client. Raises ConnectionError at once if no server responds."""
     try:
         with _quiet():
             from pymilvus import MilvusClient
             from pymilvus.exceptions import MilvusException
     except ImportError as error:
-        raise ImportError(f"{url} is searched with pymilvus ({error}): pip install 'irra-core[milvus]'") from None
+        raise ImportError(f"{url} needs the package pymilvus ({error}): pip install 'irra-core[milvus]'") from None
     if not url.startswith("http"):
         Path(url).parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -223,7 +227,7 @@ def _connect(url: str):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep pymilvus, and Milvus Lite's server in this process, from writing tracebacks to the screen."""
+    """Context manager that hides the tracebacks logged by pymilvus and by Milvus Lite's server in this process."""
     loggers = [logging.getLogger(name) for name in ("pymilvus", "grpc")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -236,7 +240,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _table(rows: Iterable[dict]) -> DataFrame:
-    """Milvus's rows as the gallery's: image_id, path, pid."""
+    """Milvus's rows as a table with the gallery's columns: image_id, path, pid."""
     table = DataFrame([(row["id"], row["path"], row["pid"]) for row in rows], columns=["image_id", "path", "pid"])
     table = table.astype({"image_id": np.int64, "path": "str", "pid": "Int64"})
     return table.assign(pid=table.pid.mask(table.pid == UNKNOWN_PID))

@@ -1,4 +1,4 @@
-"""Photos' features and ids → the nearest of them to a query, by faiss, in this process's memory."""
+"""Photos' features and ids → the photos nearest to a query, by faiss, in this process's memory."""
 
 import sys
 from collections.abc import Iterable
@@ -51,7 +51,10 @@ class Memory:
         self.graph.add(self.features[len(self.graph) :])
 
     def rows(self, ids: Int64[np.ndarray, " q"], known: bool = True) -> DataFrame:
-        """The photos' rows in the order of the ids. Raises ValueError for one that is not here, unless not `known`."""
+        """The photos' rows in the order of the ids.
+
+        Raises ValueError for an id that is not in the gallery; with `known` False, skips it.
+        """
         row = self._row_of.get_indexer(ids)
         if known and (row < 0).any():
             raise ValueError(f"image_id {ids[row < 0][0]} is not in the gallery")
@@ -62,7 +65,7 @@ class Memory:
         return self.features[self._row_of.get_indexer(ids)]
 
     def remove(self, ids: Int64[np.ndarray, " q"]) -> None:
-        """Take photos out; they must be here."""
+        """Remove photos; all of them must be in the gallery."""
         stays = np.ones(len(self), bool)
         stays[self._row_of.get_indexer(ids)] = False
         self.images = self.images[stays].reset_index(drop=True)
@@ -93,5 +96,5 @@ class Memory:
 
 
 def _share_threads() -> None:
-    """Give faiss the threads that torch has; on macOS one, since there the two bring OpenMPs that crash together."""
+    """Let faiss use as many threads as torch; on macOS only one, where the OpenMP libraries of the two crash."""
     faiss.omp_set_num_threads(1 if sys.platform == "darwin" else torch.get_num_threads())

@@ -17,8 +17,8 @@ PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tif
 def photo_table(images: DataFrame | str | Path) -> tuple[DataFrame, list[tuple[str, str]]]:
     """One row per photo (image_id, path, pid), and the files whose names cannot be stored, with the reason.
 
-    Photos without annotations are numbered by a hash of their path. Raises ValueError for a table with values that a
-    gallery would have to change.
+    Without a column image_id, a photo's image_id is a hash of its path. Raises ValueError for values that cannot be
+    stored unchanged.
     """
     if not isinstance(images, DataFrame):
         images = DataFrame({"path": _photo_files(Path(images))}, dtype=object)
@@ -40,7 +40,7 @@ def photo_table(images: DataFrame | str | Path) -> tuple[DataFrame, list[tuple[s
 
 
 def _photo_files(source: Path) -> list[str]:
-    """The absolute paths of a file, or of all files below a folder that are named like images and are not hidden."""
+    """The absolute path of a file, or of all files below a folder that have an image suffix and are not hidden."""
     if source.is_file():
         return [os.path.abspath(source)]
     if not source.is_dir():
@@ -54,10 +54,10 @@ def _photo_files(source: Path) -> list[str]:
 
 
 def _named(images: DataFrame) -> tuple[DataFrame, list[tuple[str, str]]]:
-    """The rows whose paths are UTF-8, and the other paths: no table and no JSON file can hold those."""
-    for place, path in enumerate(images.path):
+    """The rows whose paths are UTF-8, and the other paths with the reason: tables and JSON files cannot store them."""
+    for row, path in enumerate(images.path):
         if not isinstance(path, str | Path):
-            raise ValueError(f"row {place} of the table has path {path!r}: accepted are paths as text")
+            raise ValueError(f"row {row} of the table has path {path!r}: accepted are paths as text")
     paths = [os.fspath(path) for path in images.path]
     named = np.array([whole_characters(path) == path for path in paths], bool)
     escaped = (path.encode("utf-8", "backslashreplace").decode() for path in np.array(paths, object)[~named])
@@ -65,12 +65,12 @@ def _named(images: DataFrame) -> tuple[DataFrame, list[tuple[str, str]]]:
 
 
 def _whole_numbers(column: pd.Series) -> pd.Series:
-    """The column as Int64, <NA> where it is empty; nothing is rounded."""
+    """The column as Int64, <NA> where it is empty. Raises ValueError rather than round a value."""
     try:
         return column.astype("Int64")
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(
-            f"column {column.name!r} of the table has other values than whole numbers, such as "
+            f"column {column.name!r} of the table has values that are not whole numbers, such as "
             f"{_first_unwhole(column)!r}: number the {'people' if column.name == 'pid' else 'photos'} from 0"
         ) from error
 
@@ -82,23 +82,23 @@ def _first_unwhole(column: pd.Series) -> Any:
 
 
 def _photo_id(path: str) -> int:
-    """53 bits of the path's hash: the same in every process and on every machine, and exact in a browser."""
+    """53 bits of the path's hash: equal in every process and on every machine, and exact as a JavaScript number."""
     return int.from_bytes(hashlib.blake2b(os.fsencode(path), digest_size=8).digest(), "big") >> 11
 
 
 def nothing_to_read(images: DataFrame | str | Path, unreadable: DataFrame) -> ValueError:
-    """The error for photos of which none can be read: how many there are, and the first reasons."""
+    """The error to raise when no photo can be read: the number of photos, and the first three reasons."""
     reasons = "".join(f"; {row.path}: {row.reason}" for row in unreadable[:3].itertuples())
     source = "the table" if isinstance(images, DataFrame) else images
     return ValueError(f"{source} has no photo that can be read ({len(unreadable)} unreadable{reasons})")
 
 
 def check_paths(photos: DataFrame, stored: DataFrame) -> None:
-    """Raise ValueError where a stored photo's image_id belongs to another path."""
+    """Raise ValueError if an image_id of `photos` is stored with another path."""
     paths: dict[int, str] = dict(zip(stored.image_id, stored.path, strict=True))
     for row in photos[photos.image_id.isin(stored.image_id)].itertuples():
         if paths[row.image_id] != row.path:
             raise ValueError(
                 f"image_id {row.image_id} is {paths[row.image_id]} in the gallery and {row.path} in the images "
-                "to add: number them apart, or build another gallery"
+                "to add: give them different image_ids, or build another gallery"
             )

@@ -1,6 +1,6 @@
-"""What `Gallery.build` or `load` was asked for → the store of its features: memory, a folder or Milvus.
+"""The arguments of `Gallery.build` or `load` → the store of its features: memory, a folder or Milvus.
 
-Each engine is imported when it is asked for.
+Each engine is imported on first use.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ INDEXES = ("exact", "hnsw")
 
 
 def open_store(model, index: str, url: str | None, folder: str | Path | None, team: Team):
-    """The store of the photos that are there already, or an empty one. Raises ValueError for a senseless request."""
+    """The existing store with its photos, or a new one. Raises ValueError for arguments that do not fit together."""
     from irra_core.search.folder import open_or_begin
     from irra_core.search.milvus import Milvus, is_milvus
     from irra_core.search.nearest import Memory
@@ -33,7 +33,7 @@ def open_store(model, index: str, url: str | None, folder: str | Path | None, te
 
 
 def load_store(place: str | Path, model, index: str | None):
-    """The store in a folder or behind a url of Milvus; `index` replaces the one that it had."""
+    """The store in a folder or at a Milvus url; `index` replaces a folder's index; Milvus's must equal it, if given."""
     from irra_core.search.folder import load_folder
     from irra_core.search.milvus import Milvus, is_milvus
 
@@ -43,7 +43,7 @@ def load_store(place: str | Path, model, index: str | None):
 
 
 def save_store(store, model, folder: Path) -> None:
-    """Write a store to a folder, unless it is kept in Milvus."""
+    """Write a store to a folder. Raises ValueError for a store in Milvus."""
     from irra_core.search.folder import save_folder
 
     if url := getattr(store, "url", None):
@@ -66,7 +66,7 @@ def feature_width(model) -> int:
 def model_fingerprint(model) -> str:
     """32 hex digits that change with the weights of the two encoders or the size of the photos."""
     digest = hashlib.blake2b(str(tuple(model.image_size)).encode(), digest_size=16)
-    state = getattr(model, "clip", model).state_dict()  # the interaction encoder makes no features
+    state = getattr(model, "clip", model).state_dict()  # the interaction encoder does not affect features
     for name in sorted(state):
         values = state[name].detach().float().cpu().contiguous()
         digest.update(f"{name} {tuple(values.shape)}".encode())

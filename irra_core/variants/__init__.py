@@ -1,1 +1,1 @@
-"""What replaces or extends a part of the model, one file each, chosen by a recipe field."""
+"""Replacements and extensions of parts of the model, one per file, each selected by a recipe field."""

@@ -1,8 +1,7 @@
-"""CLIP and a recipe → the same CLIP of which less learns: encoders frozen, or with low-rank adapters.
+"""CLIP and a recipe → the same CLIP with fewer trainable parameters: frozen encoders or low-rank adapters.
 
-peft cannot serve here: it adds its change in the forward pass of the module that it wraps, and this library reads
-matrices directly (an attention's in_proj_weight in parts). torch's own parametrisation gives the changed matrix to
-whoever reads it.
+peft does not fit: it adds its change in the forward pass of the module that it wraps, but this library reads matrices
+directly (an attention's in_proj_weight in parts). With torch's parametrisation every read returns the changed matrix.
 """
 
 from collections.abc import Iterator
@@ -14,13 +13,18 @@ from torch.nn.utils import parametrize
 
 from irra_core.transformer import CLIP
 
-MATRICES = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # of a block
+MATRICES = (
+    "attn.in_proj_weight",
+    "attn.out_proj.weight",
+    "mlp.c_fc.weight",
+    "mlp.c_proj.weight",
+)  # in every block
 
 
 class LowRank(nn.Module):
-    """A matrix → that matrix plus up @ down, a change of rank `rank` at most; none at first, as `up` begins at zero.
+    """A matrix → that matrix plus up @ down, a change of at most rank `rank`; initially zero, since `up` is zero.
 
-    Source: LoRA (Hu et al., ICLR 2022), section 4.1, with scale 1: here the learning rate alone sets the pace.
+    Source: LoRA (Hu et al., ICLR 2022), section 4.1, with scale 1: only the learning rate sets the size of a step.
     """
 
     def __init__(self, matrix: Float[Tensor, "rows cols"], rank: int):
@@ -30,17 +34,17 @@ class LowRank(nn.Module):
         self.up = nn.Parameter(matrix.new_zeros(rows, rank))
 
     def forward(self, matrix: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
-        device = "cpu" if matrix.is_meta else matrix.device.type  # autocast knows no device meta
-        with torch.autocast(device, enabled=False):  # so that the merged matrix is this one bit for bit
+        device = "cpu" if matrix.is_meta else matrix.device.type  # autocast does not support the device meta
+        with torch.autocast(device, enabled=False):  # so that the merged matrix equals this one bit for bit
             return matrix + self.up @ self.down
 
 
 def limit_learning(clip: CLIP, frozen: str, rank: int) -> None:
-    """Freeze the encoders named by `frozen`, and give the matrices of the others adapters where `rank` is not 0.
+    """Freeze the encoders named by `frozen`; if `rank` is not 0, add adapters to the matrices of the others.
 
-    Nothing else of an encoder with adapters learns: no embedding, bias, LayerNorm or projection. Autograd keeps no
-    activation of an encoder in which nothing learns. Adapters are drawn from torch's random state. Raises ValueError
-    for a rank that is not below the matrices' own.
+    In an encoder with adapters only the adapters are trained: its embeddings, biases, LayerNorms and projections are
+    frozen. Autograd stores no activations of a frozen encoder. Adapters are initialised from torch's random state.
+    Raises ValueError for a rank that is not below the smaller side of every matrix.
     """
     for name, parameter in clip.named_parameters():
         side = "image" if name.startswith("visual.") else "text"
@@ -52,16 +56,16 @@ def limit_learning(clip: CLIP, frozen: str, rank: int) -> None:
 
 
 def _add_adapters(blocks: nn.ModuleList, rank: int) -> None:
-    """Give each matrix of transformer blocks a low-rank change."""
+    """Add a low-rank change to each of the MATRICES of transformer blocks."""
     for block in blocks:
-        for place in MATRICES:
-            owner, _, name = place.rpartition(".")
+        for path in MATRICES:
+            owner, _, name = path.rpartition(".")
             module = block.get_submodule(owner)
             matrix = getattr(module, name)
             if rank >= min(matrix.shape):
                 raise ValueError(
-                    f"adapter_rank {rank}: this backbone has matrices of {'×'.join(map(str, matrix.shape))}, and a "
-                    f"low-rank change of them is one of rank below {min(matrix.shape)}; 4 to 64 are usual"
+                    f"adapter_rank {rank}: this backbone has matrices of {'×'.join(map(str, matrix.shape))}, which "
+                    f"accept a rank below {min(matrix.shape)}; 4 to 64 are usual"
                 )
             parametrize.register_parametrization(module, name, LowRank(matrix, rank))
 
@@ -72,19 +76,19 @@ def is_adapter(name: str) -> bool:
 
 
 def merged(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the same model without adapters: each adapted matrix as the forward pass takes it."""
+    """The state dict of the same model without adapters: each adapted matrix as the forward pass uses it."""
     state = {name: value for name, value in model.state_dict().items() if not is_adapter(name)}
     return state | {f"{path}.{name}": getattr(module, name).detach() for path, module, name in _adapted(model)}
 
 
 def merge(model: nn.Module) -> None:
-    """Replace each adapted matrix by the changed one, in place: the model is as if it had never had adapters."""
+    """Replace each adapted matrix by its merged value, in place; afterwards the model has no adapters."""
     for _, module, name in list(_adapted(model)):
         parametrize.remove_parametrizations(module, name)
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Each adapted matrix: the path of its module, the module, its name there."""
+    """Yields each adapted matrix: the path of its module, the module, and the matrix's name in the module."""
     for path, module in model.named_modules():
         for name in getattr(module, "parametrizations", {}):
             yield path, module, name

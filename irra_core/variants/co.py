@@ -1,4 +1,4 @@
-"""Words and image tokens in two streams → word states: the co-attention encoder that the paper compares with."""
+"""Words and image tokens in two streams → word states: co-attention, an encoder that the paper compares with."""
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from irra_core.transformer import LayerNorm, ResidualAttentionBlock, attend, pic
 
 
 class CoEncoder(nn.Module):
-    """Two streams, words and image, which attend to themselves and then to each other in every layer."""
+    """Two streams, words and image: in every layer each attends to itself and then to the other."""
 
     def __init__(self, width: int, depth: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Words and image tokens in one sequence → word states: the merged-attention encoder that the paper compares with."""
+"""Words and image tokens in one sequence → word states: merged attention, an encoder that the paper compares with."""
 
 import torch
 from jaxtyping import Bool, Float, Int

@@ -57,7 +57,9 @@ def on_device(pixels: UInt8[np.ndarray, "n 3 h w"], device: torch.device) -> UIn
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on that device. Neither side waits for a copy to a GPU: it is made from pinned memory."""
     gpu = device.type == "cuda"
-    return (tensor.pin_memory() if gpu and tensor.device.type == "cpu" else tensor).to(device, non_blocking=gpu)
+    if gpu and tensor.device.type == "cpu":
+        tensor = tensor.contiguous().pin_memory()  # of a strided tensor the copy would go through unpinned memory
+    return tensor.to(device, non_blocking=gpu)
 
 
 def full_precision(values: Tensor) -> Tensor:

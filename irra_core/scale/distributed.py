@@ -92,10 +92,8 @@ def joined() -> Iterator[Team]:
     if cuda := torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
-    try:
-        yield Team(dist.get_rank(), dist.get_world_size())
-    finally:
-        dist.destroy_process_group()
+    yield Team(dist.get_rank(), dist.get_world_size())
+    dist.destroy_process_group()  # not after an error: NCCL would wait for processes that wait for this one
 
 
 def tell(kind: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Rendered pedestrians with captions: the data set that everybody has."""
+"""Rendered pedestrians with captions: a data set that needs no download."""
 
 from irra_core.settings import lazily
 

@@ -1,4 +1,4 @@
-"""A person's attributes and what a photo hides of them → a sentence in a domain's style, and what it states."""
+"""A person's attributes, and those that a photo hides → a caption in a domain's style, and the attributes it states."""
 
 import re
 from collections.abc import Sequence
@@ -89,17 +89,17 @@ WORDS: dict[str, dict[str, tuple[str, ...]]] = {
         "suitcase": ("a {} suitcase", "a {} trolley case"),
     },
 }
-SAID = {  # how often a sentence tells what is in sight; the ceiling of the data set depends on these
+SAID = {  # probability that a caption states a visible attribute; the data set's ceiling depends on these
     "gender": 0.9, "hair": 0.52, "upper": 0.97, "pattern": 0.88, "worn": 0.5, "inner_colour": 0.75, "lower": 0.92,
     "shoes": 0.58, "bag": 0.82, "hat": 0.86, "glasses": 0.5, "carried": 0.66, "type": 0.88, "colour": 0.94,
 }  # fmt: skip
-SAID_IN = {  # the web names an outfit in passing; annotators of person search are asked to leave nothing out
+SAID_IN = {  # captions from the web state few attributes; annotators of person search are asked to state all
     "general": {
         "hair": 0.3, "pattern": 0.6, "worn": 0.15, "inner_colour": 0.4, "lower": 0.65, "shoes": 0.2, "bag": 0.5,
         "hat": 0.6, "glasses": 0.25, "carried": 0.4,
     },
 }  # fmt: skip
-STYLES = {  # which frame a domain's annotators like
+STYLES = {  # domain → sentence frame → weight
     "general": {"sentence": 3, "dressed": 3, "list": 2, "short": 3, "there": 2},
     "street": {"sentence": 5, "dressed": 3, "there": 1},
     "night": {"short": 5, "sentence": 2, "list": 1},
@@ -108,14 +108,14 @@ STYLES = {  # which frame a domain's annotators like
 
 
 def weighted(weights: dict[str, int | float], rng: np.random.Generator, without: Sequence[str] = ()) -> str:
-    """One of the names, by weight."""
+    """A name, drawn with a probability proportional to its weight."""
     names = [name for name in weights if name not in without]
     steps = np.cumsum([weights[name] for name in names])
     return names[int(np.searchsorted(steps, rng.random() * steps[-1], side="right"))]
 
 
 class Teller:
-    """Says what is in sight of one person, and keeps the attributes that it has stated."""
+    """Writes phrases about the visible attributes of one person, and records the attributes that they state."""
 
     def __init__(self, person: Person, hidden: set[str], domain: str, rng: np.random.Generator):
         self.person, self.hidden, self.rng = person, hidden, rng
@@ -126,20 +126,20 @@ class Teller:
         return self.rng.random() < self.said[slot]
 
     def word(self, slot: str, value: str, states: str = "") -> str:
-        """A synonym; states the attribute whose value it is."""
+        """A random synonym of the value, which is recorded as the value of the attribute `states`, if given."""
         if states:
             self.stated[states] = value
         choices = WORDS[slot][value]
         return choices[int(self.rng.integers(len(choices)))]
 
     def colour(self, key: str) -> str:
-        """The colour's word, or nothing."""
+        """A word for the colour; empty if there is no colour or the caption omits it."""
         if key not in self.person or not self.says("colour"):
             return ""
         return self.word("colour", self.person[key], key)
 
     def kind(self, slot: str) -> str:
-        """The kind of thing, or its general word where the language has one."""
+        """A word for the kind of thing, or a general word (as `bag` for a backpack) if there is one."""
         precise = "" not in WORDS[slot] or self.says("type")
         return self.word(slot, self.person[slot], slot) if precise else self.word(slot, "")
 
@@ -150,7 +150,7 @@ class Teller:
         )
 
     def parts(self) -> dict[str, str]:
-        """Phrase of every slot that is in sight and not left out."""
+        """A phrase for every slot that is visible and that the caption does not omit."""
         person, found = self.person, {}
         for slot in ("hair", "upper", "lower", "shoes", "bag", "hat", "glasses", "carried"):
             absent = person.get(slot, "none") in ("none", "no", "nothing") or slot in self.hidden
@@ -204,7 +204,7 @@ class Teller:
 
 
 def _one(phrase: str, given: bool = False) -> str:
-    """The phrase with its article; `given` where it already has one if it needs one."""
+    """The phrase with its article; if `given`, the phrase has its article already, and only `an` is corrected."""
     if given:
         return phrase.replace("a orange", "an orange")
     return f"{'an' if phrase[0] in 'aeio' else 'a'} {phrase}"
@@ -233,14 +233,14 @@ def _either(rng: np.random.Generator, *choices: str) -> str:
 
 
 def _clothes(parts: dict[str, str], rng: np.random.Generator) -> list[str]:
-    """What is worn, from the top down or another way round."""
+    """Phrases of the clothes, from the top down or in another order."""
     order = [["upper", "lower", "shoes", "hat"], ["hat", "upper", "lower", "shoes"], ["lower", "upper", "shoes", "hat"]]
     names = order[int(rng.integers(len(order)))]
     return [parts[name] for name in names if name in parts]
 
 
 def _possessions(parts: dict[str, str], hidden: set[str], rng: np.random.Generator) -> str:
-    """What is carried, as a verb phrase without its subject; empty for nothing."""
+    """A verb phrase, without its subject, of what is carried; empty if nothing is."""
     found = []
     if "bag" in parts:
         if "bag's body" in hidden:
@@ -331,13 +331,13 @@ class Named(NamedTuple):
 
     thing: str  # hair, upper, inner, lower, shoes, bag, hat, glasses or carried: the name of its box
     kind: str  # "colour", or "noun" for what it is called
-    places: list[int]  # of the words in the sentence
+    places: list[int]  # indices of these words in the sentence
 
 
 def things_named(words: Sequence[str]) -> list[Named]:
-    """What a caption of this grammar names, from its words in lower case, marks apart as a tokeniser splits them.
+    """The things named in a caption of this grammar, from its words in lower case, with punctuation split off.
 
-    A colour belongs to the noun that follows it, at once or after a pattern: `a blue striped shirt`.
+    A colour belongs to the noun that follows it directly or after a pattern: `a blue striped shirt`.
     """
     found, colours, place = [], [], 0
     while place < len(words):
@@ -358,8 +358,8 @@ def things_named(words: Sequence[str]) -> list[Named]:
 
 
 def _longest(words: Sequence[str], place: int) -> tuple[str, int]:
-    """The longest name that begins at a place: its kind, or "" for none, and how many words it has."""
-    for size in range(min(4, len(words) - place), 0, -1):  # knee - length skirt: a mark is a word of its own
+    """The longest name that begins at the word with index `place`: its kind ("" if none) and its number of words."""
+    for size in range(min(4, len(words) - place), 0, -1):  # "knee - length skirt" has 4 words
         if kind := _names().get(tuple(words[place : place + size])):
             return kind, size
     return "", 1
@@ -367,7 +367,7 @@ def _longest(words: Sequence[str], place: int) -> tuple[str, int]:
 
 @lru_cache(maxsize=1)
 def _names() -> dict[tuple[str, ...], str]:
-    """Every name of the grammar, split into words and marks → colour, pattern or the thing that it is a name of."""
+    """Every name of the grammar, split into words and punctuation → its kind: colour, pattern or a thing."""
     names = {}
     for kind in ("pattern", "upper", "lower", "shoes", "bag", "hat", "glasses", "carried", "colour"):
         for phrase in (phrase for synonyms in WORDS[kind].values() for phrase in synonyms):

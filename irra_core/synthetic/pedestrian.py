@@ -1,4 +1,4 @@
-"""A person's attributes and build, an `Eye` → the person on a `Sketch`, far things first, each with its box."""
+"""A person's attributes and build, an `Eye` → the person on a `Sketch`, drawn from far to near, one box per thing."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -81,12 +81,12 @@ GARMENTS = {  # upper garment: (height of the hem, ease, sleeve as a share of th
     "down jacket": (82, 3.2, 0.95),
     "dress": (52, 0.3, 0.28),
 }
-LONG = ("coat", "dress")  # they fall over the hips and legs
-REACH = {"phone": 128, "book": 98, "cup": 112, "bottle": 88, "open umbrella": 130}  # held up: angle of the forearm
+LONG = ("coat", "dress")  # garments that cover the hips and part of the legs
+REACH = {"phone": 128, "book": 98, "cup": 112, "bottle": 88, "open umbrella": 130}  # angle of the forearm, degrees
 
 
 def pose_of(person: dict[str, Any], rng: np.random.Generator) -> tuple[list, list]:
-    """Joints of both arms and both legs (right, left) in a step of a walk, or standing; cm in the body's axes."""
+    """Random joints of both arms and both legs (right, left), walking or standing; in cm in the body's axes."""
     stride = float(rng.uniform(0, 7) if rng.random() < 0.3 else rng.uniform(12, 26))
     lead = 1 if rng.random() < 0.5 else -1
     legs, arms = [], []
@@ -115,20 +115,20 @@ def pose_of(person: dict[str, Any], rng: np.random.Generator) -> tuple[list, lis
 
 @dataclass
 class Figure:
-    """One person before one camera.
+    """One person in front of one camera.
 
-    person has the attributes of `synthetic` with a value for each, the build (shoulders, waist, hips, fit: 1 is the
-    usual), skin, tights, the hand that carries (0 right, 1 left), and `shades`: the colour of every part.
+    `person` has a value for every attribute of `synthetic`, the build (shoulders, waist, hips, fit: 1 is typical),
+    skin, tights, the carrying hand (0 right, 1 left), and `shades`: the colour of every part.
     """
 
     sketch: Sketch
-    ground: Sketch  # takes the shadow
+    ground: Sketch  # the shadow is drawn on it
     person: dict[str, Any]
     eye: Eye
     rng: np.random.Generator
 
     def draw(self) -> None:
-        """Everything from the shadow on the ground to the hat."""
+        """Draw everything, from the shadow on the ground to the hat."""
         person, eye = self.person, self.eye
         self.arms, self.legs = pose_of(person, self.rng)
         sunk = min(leg[2][1] for leg in self.legs) - 8.4
@@ -165,7 +165,7 @@ class Figure:
                 self._hair()
         for i in raised:
             self._arm(i)
-        if "lower" in self.sketch.boxes:  # what the upper garment leaves of it
+        if "lower" in self.sketch.boxes:  # only what the upper garment does not cover
             box, hem = self.sketch.boxes["lower"], self.trunk.spot(self.hem, 0)[1]
             box[1] = min(max(box[1], hem), box[3])
 
@@ -180,7 +180,7 @@ class Figure:
         return found
 
     def _falling(self, rows: list) -> list:
-        """The rows of a garment, flared over the step where it falls over the legs."""
+        """The rows of a garment; a long one is flared below the hips, at least as deep as the step."""
         if self.person["upper"] not in LONG:
             return rows
         step = max(abs(leg[1][2]) for leg in self.legs) * 0.7 + 3
@@ -189,7 +189,7 @@ class Figure:
         return [*rows, (84, wide + 1.2, deep + 1, 0), (self.hem, wide + flare, max(deep + flare, step), 0)]
 
     def _arm_depth(self, i: int) -> Number:
-        """How far the middle of the arm comes towards the camera."""
+        """The coordinate of the forearm's middle towards the camera, in cm."""
         return self.eye.near(*[(a + b) / 2 for a, b in zip(self.arms[i][1], self.arms[i][2], strict=True)][::2])
 
     def _shade(self, name: str, by: Number = 0.0) -> tuple[int, ...]:
@@ -205,23 +205,23 @@ class Figure:
                 self.sketch.line(runs[0] if edge == "low" else runs[2], "#000", 1.1, 0.36)
 
     def _seam(self, solid: Lathe, angle: Number, top: Number, low: Number, width: Number = 1.1, alpha: Number = 0.3):
-        """A line down a solid at an angle on the body, where that is in sight."""
+        """Draw a line down a solid at an angle on the body, if it is visible."""
         seen = solid.facing(angle, (top + low) / 2)
         if seen is not None:
             self.sketch.line(solid.edge(top, low, seen), "#000", width, alpha)
 
     def _shadow(self) -> None:
-        """Soft dark on the ground under and beside the feet."""
+        """Draw a soft shadow on the ground under and beside the feet."""
         s, k = self.ground, self.eye.scale
         stops = "".join(f'<stop offset="{at}" stop-opacity="{by}"/>' for at, by in ((0, 0.55), (0.5, 0.28), (1, 0)))
         y = max(self.eye.at(*leg[2])[1] for leg in self.legs) + 7 * k
         paint = s.gradient(f'<radialGradient id="{{}}">{stops}</radialGradient>')
         s.oval((self.eye.x - s.light * 9 * k, y), 34 * k, (3.5 + 30 * self.eye.pitch) * k, paint)
 
-    # legs and what they wear
+    # legs, their clothes and shoes
 
     def _lower(self) -> None:
-        """Both legs, the far one first, then what joins them."""
+        """Draw both legs, the far one first, then the skirt or the hips of the trousers."""
         s, person, hips = self.sketch, self.person, self.hips
         far, near = sorted((0, 1), key=lambda i: self.eye.near(self.legs[i][2][0], self.legs[i][2][2]))
         self._leg(far, -0.16 if abs(sin(self.eye.yaw)) > 0.5 else 0.0)
@@ -241,7 +241,7 @@ class Figure:
             s.fill(skirt.outline(top, 54), s.across(rgb, skirt, 70))
             self._drape(skirt, 90, 55)
             return
-        if top < 84:  # all of it is under a coat
+        if top < 84:  # a coat covers all of it
             return
         s.fill(hips.outline(top, 84), s.across(rgb, hips, 92))
         seen = hips.facing(0 if self.front > 0 else 180, 92, 70)
@@ -252,7 +252,7 @@ class Figure:
                 s.line([(x, y), (x + dx * self.eye.scale, y - 4 * self.eye.scale)], "#000", 1.1, 0.2)
 
     def _leg(self, i: int, dim: Number) -> None:
-        """Shoe, bare leg, then the trouser leg over both."""
+        """Draw the bare leg and the shoe, then the trouser leg over both."""
         s, person, eye, k = self.sketch, self.person, self.eye, self.eye.scale * self.person["hips"]
         hip, knee, ankle = self.legs[i]
         side, lower = ("right leg", "left leg")[i], person["lower"] if person["upper"] != "dress" else "none"
@@ -282,7 +282,7 @@ class Figure:
         self._trouser_folds(chain, radii, rgb)
 
     def _trouser_folds(self, chain: list[Point], radii: list[Number], rgb: Colour) -> None:
-        """Creases at the knee and where the cloth meets the shoe; a worn patch on jeans."""
+        """Draw creases at the knee and above the shoe, and a worn patch on jeans."""
         s, k, lit = self.sketch, self.eye.scale, self.sketch.light
         thigh, (x, y), (cx, cy), (ex, ey) = chain[1:]
         if self.person["lower"] == "jeans":
@@ -295,7 +295,7 @@ class Figure:
             s.line([(ex - radii[4] * 0.7, ey - dy * k), (ex + radii[4] * 0.6, ey - (dy - 1.4) * k)], "#000", 1.1, 0.2)
 
     def _drape(self, solid: Lathe, top: Number, low: Number) -> None:
-        """Long soft folds that fall to a hem, dark with a light edge."""
+        """Draw long soft folds down to a hem, dark with a light edge."""
         folds = []
         for seen in (-58, -25, 8, 40, 66):
             sway = float(self.rng.uniform(-6, 6))
@@ -307,7 +307,7 @@ class Figure:
             self.sketch.line([(x + 1.6, y) for x, y in fold], "#fff", 1.2, 0.08)
 
     def _shoe(self, i: int, dim: Number) -> None:
-        """Sole and upper as the convex outline of discs from heel to toe; boots reach up the shin."""
+        """Draw sole and upper as convex hulls of discs from heel to toe, and the shaft of boots up the shin."""
         s, person, k = self.sketch, self.person, self.eye.scale
         _, knee, ankle = self.legs[i]
         lift = max(0.0, min(0.7, atan2(ankle[2] - knee[2], knee[1] - ankle[1]) * -0.45))
@@ -340,7 +340,7 @@ class Figure:
     # the upper garment
 
     def _upper(self) -> None:
-        """Cloth, pattern and folds, then what makes it a shirt, a jacket, a coat …"""
+        """Draw cloth, pattern and folds, then the details of the garment (shirt, jacket, coat …)."""
         s, person, trunk, hem = self.sketch, self.person, self.trunk, self.hem
         rgb = self._shade("upper_colour")
         s.names = ("upper", "torso")
@@ -355,7 +355,7 @@ class Figure:
         getattr(self, "_" + person["upper"].replace("-", "_").replace(" ", "_"))(trunk, hem, rgb)
 
     def _creases(self, trunk: Lathe, hem: Number) -> None:
-        """Folds that run from the armpits and gather at the waist, and a shadow over the hem."""
+        """Draw folds from the armpits and at the waist, and a shadow above the hem."""
         s, waist = self.sketch, []
         for side in (-1, 1):
             for _ in range(2):
@@ -369,7 +369,7 @@ class Figure:
             s.line([(x, y + 1.6) for x, y in fold], "#fff", 1.0, 0.09)
 
     def _pattern(self, trunk: Lathe, hem: Number) -> None:
-        """Stripes, checks and dots that follow the body's roundness; an emblem on the chest."""
+        """Draw stripes, checks or dots that follow the body's curvature, or an emblem on the chest."""
         kind, s, k = self.person["pattern"], self.sketch, self.eye.scale
         paint = s.across(self.second, trunk, 125)
         top, step, width, alpha = {"striped": (141, 8, 3.2, 0.95), "checked": (143, 9, 2, 0.75)}.get(kind, (0, 1, 0, 0))
@@ -398,7 +398,7 @@ class Figure:
                 s.line([(x - r * 0.5, y + 5 * k), (x + r * 0.5, y + 5 * k)], own, 1.2)
 
     def _neckline(self, trunk: Lathe, depth: Number, wide: Number, paint: str) -> None:
-        """The opening at the throat, filled with what is under it."""
+        """Draw the opening at the throat in the paint of what is under it."""
         self._panel(trunk, (-wide, wide), lambda a: 148.6 - depth * cos(radians(90 * a / wide)) ** 0.8, 150.0, paint)
 
     def _throat(self) -> str:
@@ -471,7 +471,7 @@ class Figure:
         self.sketch.line(trunk.ring(hem + 4.5), ink(tone(rgb, -0.4)), 1.2, 0.7)
 
     def _collar(self, trunk: Lathe, rgb: Colour) -> None:
-        """A collar that stands, open at the throat."""
+        """Draw a stand-up collar, open at the throat."""
         paint = self.sketch.across(tone(rgb, -0.04), trunk, 147)
         self._panel(trunk, (7, 353), 145.2, lambda a: 151 + 1.4 * (cos(radians(a)) < 0), paint, edge="low")
 
@@ -503,7 +503,7 @@ class Figure:
         self._collar(trunk, rgb)
 
     def _opening(self, trunk: Lathe, hem: Number, wide: Number) -> None:
-        """The front edge: closed along a zip, or open over what is worn under it."""
+        """Draw the front: closed by a zip, or open over the inner garment."""
         s = self.sketch
         if self.person["worn"] != "open":
             self._neckline(trunk, 5, 24, ink(self._shade("inner_colour", -0.2)))
@@ -524,10 +524,10 @@ class Figure:
         for angle in (-wide, wide):
             self._seam(trunk, angle, 147, hem, 1.8, 0.42)
 
-    # arms and what they hold
+    # arms and carried things
 
     def _arm(self, i: int) -> None:
-        """Hand, bare forearm or sleeve, and what the hand holds."""
+        """Draw the hand, the bare forearm or sleeve, and what the hand carries."""
         s, person, eye, k = self.sketch, self.person, self.eye, self.eye.scale
         shoulder, elbow, wrist, knuckles = self.arms[i]
         dim = -0.18 if self._arm_depth(i) < -4.5 else 0.0
@@ -558,7 +558,7 @@ class Figure:
             self._carry(*eye.at(*along([wrist, knuckles], 0.8)))
 
     def _cuff(self, chain: list[Point], radii: list[Number], t: Number, paint: str, width: Number, alpha: Number):
-        """A stroke across a limb at a share of its length."""
+        """Draw a stroke across a limb at fraction t of its length."""
         (x, y), (ax, ay), (bx, by) = along(chain, t), along(chain, t - 0.02), along(chain, t + 0.02)
         size = hypot(bx - ax, by - ay) or 1.0
         r = along([(r,) for r in radii], t)[0] * 0.94
@@ -566,7 +566,7 @@ class Figure:
         self.sketch.line([(x + nx, y + ny), (x, y + abs(nx) * 0.18), (x - nx, y - ny)], paint, width, alpha)
 
     def _sleeve_pattern(self, chain: list[Point], radii: list[Number]) -> None:
-        """The garment's stripes, checks or dots on the sleeve."""
+        """Draw the garment's stripes, checks or dots on the sleeve."""
         kind, k, paint = self.person["pattern"], self.eye.scale, ink(tone(self.second, -0.08))
         count = 3 if len(chain) == 3 else 7
         for j in range(count if kind in ("striped", "checked", "dotted") else 0):
@@ -589,7 +589,7 @@ class Figure:
         s.line([along([a, (x, y)], 0.7), tip], "#000", 0.8, 0.16)
 
     def _carry(self, x: Number, y: Number) -> None:
-        """What the hand at a pixel holds."""
+        """Draw what the hand at this pixel carries."""
         person, s = self.person, self.sketch
         if person["bag"] == "handbag":
             s.names = ("bag",)
@@ -599,11 +599,11 @@ class Figure:
             getattr(self, "_" + person["carried"].replace(" ", "_"))(x, y, self.eye.scale)
 
     def _wide(self, side: Number, front: Number) -> Number:
-        """Half width in pixels of a box that is seen from the side and from the front as given, in cm."""
+        """Half width in pixels of a box whose half widths from the side and from the front are given in cm."""
         return (side * abs(sin(self.eye.yaw)) + front * abs(self.front)) * self.eye.scale
 
     def _body(self, name: str, x: Number, w: Number, depth: Number = 1.0) -> str:
-        """Paint of a thing about x in the colour of a part."""
+        """Shaded paint of a thing centred at x, in the colour of the part `name`."""
         return self.sketch.shaded(self._shade(name), (x - w, 0), (x + w, 0), depth)
 
     def _handbag(self, x: Number, y: Number, k: Number) -> None:
@@ -691,7 +691,7 @@ class Figure:
     # bags
 
     def _pack(self) -> None:
-        """The backpack's body."""
+        """Draw the backpack's body."""
         if self.person["bag"] != "backpack":
             return
         s, rgb, back = self.sketch, self._shade("bag_colour"), -(self.trunk.section(125)[1] + 5.5)
@@ -704,7 +704,7 @@ class Figure:
             (101, 11, 6, 1.5),
         )
         pack = Lathe([(up, w, d, back + z) for up, w, d, z in rows], self.eye)
-        s.names = () if self.front > 0.9 else ("bag",)  # hidden by the trunk but for its straps
+        s.names = () if self.front > 0.9 else ("bag",)  # the trunk hides all but the straps
         s.fill(pack.outline(146, 101), s.across(rgb, pack, 120))
         self._panel(pack, (120, 240), 103.5, 120.5, s.across(tone(rgb, -0.08), pack, 112), edge="high")
         s.line(pack.ring(133, (-80, -40, 0, 40, 80)), "#000", 1.1, 0.36)
@@ -712,7 +712,7 @@ class Figure:
         s.line([pack.spot(145, -25), pack.spot(149, 0), pack.spot(145, 25)], ink(tone(rgb, -0.4)), 1.8)
 
     def _straps(self) -> None:
-        """What of a bag lies on the trunk."""
+        """Draw the straps of a bag on the trunk, then a shoulder bag on the near side."""
         s, k, kind = self.sketch, self.eye.scale, self.person["bag"]
         s.names = ("bag",)
         if kind == "backpack":
@@ -736,7 +736,7 @@ class Figure:
             self._shoulder_bag()
 
     def _bag_side(self) -> int:
-        """The hip that a shoulder bag hangs on: 1 the left, -1 the right."""
+        """The side of the hip with the shoulder bag: 1 left, -1 right."""
         return 1 - 2 * self.person["hand"]
 
     def _bag_depth(self) -> Number:
@@ -758,7 +758,7 @@ class Figure:
     # the head
 
     def _head(self) -> None:
-        """Neck, ears, skull, face, hair and hat."""
+        """Draw neck, skull, face, ears, hair and hat."""
         s, person, skull, skin, k = self.sketch, self.person, self.skull, self.person["skin"], self.eye.scale
         tail = person["hair"] == "ponytail"
         s.names = ("head",)
@@ -792,10 +792,10 @@ class Figure:
             self._hat()
 
     def _face(self, skin: Colour) -> None:
-        """Eyes, brows, nose and mouth on the visible part of the skull; glasses over them."""
+        """Draw eyes, brows, nose and mouth on the visible part of the skull, then the glasses."""
         s, skull, gaze, k = self.sketch, self.skull, self.gaze, self.eye.scale
         s.names = ("face", "head")
-        if abs(sin(gaze.yaw)) > 0.55 and cos(gaze.yaw) > -0.45:  # the nose breaks the outline
+        if abs(sin(gaze.yaw)) > 0.55 and cos(gaze.yaw) > -0.45:  # in profile the nose extends the outline
             profile = [gaze.at(0, CHIN + up, z) for up, z in ((12.2, 8.6), (8.2, 10.6), (6.6, 8.8))]
             s.fill([profile, [gaze.at(0, CHIN + 9, 6.5)]], ink(tone(skin, -0.06)))
         brow = ink(self._shade("hair_colour", -0.25))
@@ -847,7 +847,7 @@ class Figure:
         return height
 
     def _mane(self) -> Lathe:
-        """The hair's own solid: the skull with its thickness, and the fall below the chin."""
+        """The solid of the hair: the skull widened by the hair's thickness, and the hair that hangs down."""
         thick = THICK[self.person["hair"]]
         rows = [(up + thick, w + thick, d + thick, z - 0.25) for up, w, d, z in self.skull.rows if up > CHIN + 8]
         fall = ((4, rows[-1][1] - 1.0, rows[-1][2] - 0.6, -0.5), (0, 5.6, 6.6, -1))
@@ -856,7 +856,7 @@ class Figure:
         return Lathe([*rows, *((CHIN + up, w, d, z) for up, w, d, z in fall)], self.gaze)
 
     def _hair(self) -> None:
-        """The part of the hair on this side of the head, above its hairline."""
+        """Draw the hair on the visible side of the head, above the hairline."""
         s, mane, line = self.sketch, self._mane(), self._hairline()
         s.names = ("hair", "head")
         top, turn = mane.rows[0][0], mane.turn(CHIN + 13)
@@ -870,7 +870,7 @@ class Figure:
             s.line(strand, *(("#fff", 1.2, 0.12) if a * s.light > 0 else ("#000", 1.1, 0.25)))
 
     def _back_hair(self) -> None:
-        """Hair behind the neck, seen from the front."""
+        """Draw the hair behind the neck, as seen from the front."""
         mane, low = self._mane(), CHIN - (9 if self.person["hair"] == "long" else 2)
         self.sketch.names = ("hair", "head")
         paint = self.sketch.across(self._shade("hair_colour", -0.3), mane, CHIN)
@@ -889,7 +889,7 @@ class Figure:
         s.oval(chain[0], 1.8 * k, 1.8 * k, ink(self._shade("hair_colour")))
 
     def _hat(self) -> None:
-        """Cap with a peak, beanie with a cuff, or hat with a brim."""
+        """Draw a cap with a peak, a beanie with a cuff, or a hat with a brim."""
         s, kind, rgb = self.sketch, self.person["hat"], self._shade("hat_colour")
         s.names = ("hat", "head")
         grow, low, rise = {"cap": (1.3, 15.6, 1.2), "beanie": (1.7, 14.6, 2.6), "brimmed hat": (1.4, 16.2, 2.2)}[kind]

@@ -22,20 +22,20 @@ from irra_core.synthetic.scenery import photograph
 from irra_core.synthetic.sketch import Number, tone
 
 DOMAINS = ("street", "night", "campus", "general")
-RENDERING = 6  # raised whenever the same seed would give other pixels, people or captions
-MARKER = "synthetic.json"  # lies beside the annotation file of rendered people and says how they were made
+RENDERING = 6  # to be increased by every change that gives other pixels, people or captions for the same seed
+MARKER = "synthetic.json"  # beside the annotation file of rendered people; holds the arguments that produced them
 VIEWS = ("front", "back", "side", "any")  # of an identity's images
-TWINS = 0.22  # hard-negative pairs for each identity: 176 among 800 people
+TWINS = 0.22  # hard-negative pairs per identity: 176 among 800 people
 FEWEST = 12
-ALONE = 100  # photos up to this many are drawn by this process: starting workers would take longer
-LAYOUTS = {  # folder, annotation file, path field, first id, captions an image
+ALONE = 100  # fewer photos than this are drawn by this process: starting workers would take longer
+LAYOUTS = {  # folder, annotation file, path field, first id, captions per image
     "synthetic": ("synthetic", "annotations.json", "img_path", 0, 2),
     "cuhk": ("CUHK-PEDES", "reid_raw.json", "file_path", 1, 2),
     "icfg": ("ICFG-PEDES", "ICFG-PEDES.json", "file_path", 0, 1),
     "rstp": ("RSTPReid", "data_captions.json", "img_path", 0, 2),
 }
 
-# who walks where: attribute → value → weight; a domain's own weights replace those of `general`
+# domain → attribute → value → weight; a domain's own weights replace those of `general`
 MIX: dict[str, dict[str, dict[str, Number]]] = {
     "general": {
         "upper": {
@@ -105,14 +105,14 @@ HAIR_MIX = {"black": 5, "brown": 4, "blonde": 3, "grey": 1.5, "red": 1.5}
 PATTERNS = {"plain": 6, "striped": 3, "checked": 2.5, "dotted": 2, "logo": 2.5}
 PATTERNED = ("t-shirt", "shirt", "sweater", "hoodie", "dress")
 COLOURFUL = ("bottle", "book", "umbrella", "open umbrella", "shopping bag", "suitcase")
-TWIN_KEYS = {  # what a hard negative may differ in
+TWIN_KEYS = {  # attributes in which a hard negative may differ → weight
     "upper_colour": 5, "lower_colour": 5, "shoe_colour": 3, "bag_colour": 3, "hat_colour": 2, "pattern": 3,
     "hair_colour": 2, "lower": 1.5, "bag": 2, "inner_colour": 1.5, "carried_colour": 1, "glasses": 0.3,
 }  # fmt: skip
 
 
 def _attributes(domain: str, rng: np.random.Generator) -> Person:
-    """What one person looks like; attributes that do not apply are absent."""
+    """Random attributes of one person; attributes that do not apply are absent."""
     mix = MIX["general"] | MIX[domain]
     gender = "man" if rng.random() < 0.5 else "woman"
     man = gender == "man"
@@ -147,7 +147,7 @@ def _attributes(domain: str, rng: np.random.Generator) -> Person:
 
 
 def _twin(person: Person, rng: np.random.Generator) -> Person:
-    """The same person but for one attribute."""
+    """The same person with one attribute changed."""
     keys = {key: weight for key, weight in TWIN_KEYS.items() if person.get(key, "none") != "none"}
     if person["bag"] == "handbag":
         keys.pop("bag", None)
@@ -167,7 +167,7 @@ def _twin(person: Person, rng: np.random.Generator) -> Person:
 
 
 def _body(person: Person, rng: np.random.Generator) -> dict[str, Any]:
-    """What the drawing needs and no sentence tells: build, skin, hands, this wardrobe's own shades."""
+    """Properties for the drawing that no caption states: build, skin, carrying hand, a shift of the clothes' shades."""
     woman = person["gender"] == "woman"
     build = float(rng.uniform(0.93, 1.09))
     return {
@@ -184,7 +184,7 @@ def _body(person: Person, rng: np.random.Generator) -> dict[str, Any]:
 
 
 def _dressed(person: Person, body: dict[str, Any]) -> dict[str, Any]:
-    """Attributes and body as the drawing takes them, with a colour for every part."""
+    """Attributes and body as input of the drawing, with a colour for every part."""
     complete = {
         "hair_colour": "brown",
         "pattern": "plain",
@@ -208,7 +208,7 @@ def _dressed(person: Person, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _people(count: int, domain: str, seed: int) -> list[dict[str, Any]]:
-    """Everybody of a data set: split, attributes, body and the places in the list of their near-twins."""
+    """All people of a data set: split, attributes, body and the list indices of their near-twins."""
     rng = np.random.default_rng([seed, DOMAINS.index(domain)])
     val, test = max(2, round(count / 8)), max(2, round(count / 4))
     people: list[dict[str, Any]] = []
@@ -230,14 +230,14 @@ def _people(count: int, domain: str, seed: int) -> list[dict[str, Any]]:
             admit(_twin(base["attributes"], rng), base["body"])
         people += [group[i] for i in rng.permutation(size)]
     for split in ("train", "val", "test"):
-        places = [i for i, one in enumerate(people) if one["split"] == split]
-        for i, twins in _find_twins([people[i]["attributes"] for i in places]).items():
-            people[places[i]]["twins"] = [places[j] for j in twins]
+        indices = [i for i, one in enumerate(people) if one["split"] == split]
+        for i, twins in _find_twins([people[i]["attributes"] for i in indices]).items():
+            people[indices[i]]["twins"] = [indices[j] for j in twins]
     return people
 
 
 def _find_twins(people: Sequence[Person]) -> dict[int, list[int]]:
-    """Place → places of those who differ in exactly one attribute: those who agree once it is blanked."""
+    """Index → indices of the people who differ in exactly one attribute, that is, are equal without that attribute."""
     blanked: dict[tuple, list[int]] = defaultdict(list)
     for i, person in enumerate(people):
         for key in person:
@@ -260,14 +260,14 @@ def make_synthetic(
     domain: str = "street",
     progress: Any = None,
 ) -> Path:
-    """Folder of rendered people below root, written once: complete or absent.
+    """Folder of rendered people below root, written once, and renamed into place once complete.
 
-    `people` is the total, split 5:1:2 into train, val and test, at least two each (from 12 up), with four views an
-    identity and two captions an image. layout `synthetic` writes `synthetic/` for the domain `street` and
+    `people` is the total, at least 12, split 5:1:2 into train, val and test, at least two each, with four views per
+    identity and two captions per image. layout `synthetic` writes `synthetic/` for the domain `street` and
     `synthetic-<domain>/` for `night`, `campus` and `general`; `cuhk`, `icfg` and `rstp` write those data sets' own
-    folders and files (icfg has no val split and one caption an image). The same arguments give the same pixels on
+    folders and files (icfg has no val split and one caption per image). The same arguments give the same pixels on
     any number of cores. `progress` is a class like tqdm. Raises ValueError for an unknown layout or domain, for fewer
-    than 12 people, and where the folder holds anything else than these people.
+    than 12 people, and if the folder holds anything other than these people.
     """
     if layout not in LAYOUTS:
         raise unknown("layout", layout, LAYOUTS)
@@ -285,17 +285,17 @@ def make_synthetic(
     try:
         _write(aside, made, progress)
         aside.chmod(0o755)
-        with contextlib.suppress(OSError):  # somebody else was faster: theirs is checked below
+        with contextlib.suppress(OSError):  # another process was faster: its folder is checked below
             aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     if not _is_there(folder, made):
-        raise OSError(f"{folder} could not be written: check the rights and the space of {folder.parent}")
+        raise OSError(f"{folder} could not be written: check the permissions and free space of {folder.parent}")
     return folder
 
 
 def _is_there(folder: Path, made: dict[str, Any]) -> bool:
-    """True when these people lie in the folder, False when it does not exist; an error when it holds others."""
+    """True if the folder holds these people, False if it does not exist. Raises ValueError if it holds others."""
     if not folder.exists():
         return False
     marker = folder / MARKER
@@ -310,28 +310,28 @@ def _is_there(folder: Path, made: dict[str, Any]) -> bool:
 
 
 def _write(folder: Path, made: dict[str, Any], progress: Any) -> None:
-    """Photos, annotation file and marker into an empty folder."""
+    """Write photos, annotation file and marker into an empty folder."""
     _, file, field, first, captions = LAYOUTS[made["layout"]]
     jobs, records = [], []
-    for place, one in enumerate(_people(made["people"], made["domain"], made["seed"])):
-        pid = place + first
+    for index, one in enumerate(_people(made["people"], made["domain"], made["seed"])):
+        pid = index + first
         split = "train" if made["layout"] == "icfg" and one["split"] == "val" else one["split"]
         for image, view in enumerate(VIEWS):
             path = _image_path(made["layout"], pid, image, split)
             (folder / "imgs" / path).parent.mkdir(parents=True, exist_ok=True)
-            entropy = [made["seed"], DOMAINS.index(made["domain"]), place, image]
+            entropy = [made["seed"], DOMAINS.index(made["domain"]), index, image]
             job = (str(folder / "imgs" / path), one["attributes"], one["body"], view, made["domain"], entropy, captions)
             jobs.append(job)
             twins = [twin + first for twin in one["twins"]]
             records.append({"id": pid, field: path, "split": split, "near_twins": twins})
-    for record, told in zip(records, _render(jobs, progress), strict=True):
-        record |= told
+    for record, content in zip(records, _render(jobs, progress), strict=True):
+        record |= content
     (folder / file).write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
     (folder / MARKER).write_text(json.dumps(made), encoding="utf-8")
 
 
 def _image_path(layout: str, pid: int, image: int, split: str) -> str:
-    """Where a photo lies below imgs/, as the data set's authors name theirs."""
+    """The path of a photo below imgs/, named as the data set's authors name theirs."""
     if layout == "cuhk":
         return f"{('CUHK01', 'CUHK03', 'Market', 'test_query', 'train_query')[pid % 5]}/{pid:05d}{image:02d}.jpg"
     if layout == "icfg":
@@ -342,7 +342,7 @@ def _image_path(layout: str, pid: int, image: int, split: str) -> str:
 
 
 def _render(jobs: Sequence[tuple], progress: Any) -> list[dict[str, Any]]:
-    """What each job's photo shows, in order; many photos are drawn on all cores."""
+    """Draw photos, on all cores if they are many; returns the content of each photo, in the order of the jobs."""
     processes = cores()
     pieces = [jobs[i : i + 16] for i in range(0, len(jobs), 16)]
     bar = progress(total=len(jobs), desc="rendering people", unit="image") if progress else contextlib.nullcontext()
@@ -352,7 +352,7 @@ def _render(jobs: Sequence[tuple], progress: Any) -> list[dict[str, Any]]:
             for piece in pieces:
                 done.append(_photos(piece))
                 shown and shown.update(len(piece))
-            return [told for piece in done for told in piece]
+            return [content for piece in done for content in piece]
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(processes, mp_context=context) as pool:
             with _main_hidden():
@@ -360,12 +360,15 @@ def _render(jobs: Sequence[tuple], progress: Any) -> list[dict[str, Any]]:
             for future in as_completed(futures):
                 pieces[futures[future]] = future.result()
                 shown and shown.update(len(pieces[futures[future]]))
-    return [told for piece in pieces for told in piece]
+    return [content for piece in pieces for content in piece]
 
 
 @contextlib.contextmanager
 def _main_hidden() -> Iterator[None]:
-    """Workers need this module only: no script is run a second time, nor looked for when it came from stdin."""
+    """Context manager that hides the main script from workers, which need only this module.
+
+    Otherwise a worker would run the script again, or look for its file if it came from stdin.
+    """
     main = sys.modules["__main__"]
     spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
     main.__spec__ = None
@@ -380,32 +383,32 @@ def _main_hidden() -> Iterator[None]:
 
 
 def _photos(jobs: Sequence[tuple]) -> list[dict[str, Any]]:
-    """Draw photos, write them, and tell what they show."""
+    """Draw and write photos; returns the content of each."""
     return [_photo(*job) for job in jobs]
 
 
 def _photo(path: str, person: Person, body: dict, view: str, domain: str, entropy: list[int], count: int) -> dict:
-    """Draw one photo and write its captions; its random numbers depend on its own place alone."""
+    """Draw one photo and write its captions; the random numbers depend only on `entropy`."""
     rng = np.random.default_rng([*entropy, 0])
     if view == "any":
         view = ("front", "back", "side")[int(rng.integers(3))]
     image, boxes, out_of_sight = photograph(_dressed(person, body), view, domain, rng)
     image.save(path, "JPEG", quality=92)
     hidden = hidden_in(view, person, out_of_sight, boxes)
-    rng, told = np.random.default_rng([*entropy, 1]), {}
-    while len(told) < count:
+    rng, captions = np.random.default_rng([*entropy, 1]), {}
+    while len(captions) < count:
         text, stated = caption_of(person, hidden, domain, rng)
-        told.setdefault(text, stated)
+        captions.setdefault(text, stated)
     return {
-        "captions": list(told),
+        "captions": list(captions),
         "view": view,
         "attributes": person,
-        "caption_attributes": list(told.values()),
+        "caption_attributes": list(captions.values()),
         "boxes": boxes,
     }
 
 
-# what is known of rendered people
+# reading the attributes of rendered people
 
 
 def _records(annotations: DataFrame) -> dict[str, dict[str, Any]]:
@@ -425,11 +428,11 @@ def _home(path: Path) -> Path:
     for folder in path.parents:
         if (folder / MARKER).is_file():
             return folder
-    raise ValueError(f"{path} is not a rendered image (no {MARKER} above it): attributes are known of those alone")
+    raise ValueError(f"{path} is not a rendered image (no {MARKER} above it): only rendered images have attributes")
 
 
 def attributes(annotations: DataFrame) -> DataFrame:
-    """One row an image of rendered people: `pid, image_id, path, split, view, attributes, boxes, near_twins`.
+    """One row per image of rendered people: `pid, image_id, path, split, view, attributes, boxes, near_twins`.
 
     attributes is a dictionary, boxes a dictionary of pixel boxes [x0, y0, x1, y1] in the file's own size. Raises
     ValueError for images that were not rendered.
@@ -442,7 +445,7 @@ def attributes(annotations: DataFrame) -> DataFrame:
 
 
 def stated_attributes(annotations: DataFrame) -> list[Person]:
-    """What each caption states of the person, row by row; raises ValueError for images that were not rendered."""
+    """The attributes that each caption states, one item per row; raises ValueError for images not rendered."""
     records = _records(annotations)
     found = []
     for path, caption in zip(annotations["path"], annotations["caption"], strict=True):
@@ -458,13 +461,13 @@ def near_twins(annotations: DataFrame) -> dict[int, list[int]]:
 
 
 def is_rendered(annotations: DataFrame, recipe: Any) -> bool:
-    """True for the rendered data sets, of whose people everything is known; not for other photos under their name."""
+    """True for rendered data sets, whose attributes are known; False for other photos in a data set of such a name."""
     first = Path(annotations["path"].iloc[0])
     return recipe.dataset.startswith("synthetic") and any((folder / MARKER).is_file() for folder in first.parents)
 
 
 def twin_pids(annotations: DataFrame, recipe: Any) -> set[int]:
-    """The people who have a near-twin; none are known in real data."""
+    """The pids of the people who have a near-twin; empty for real data."""
     if not is_rendered(annotations, recipe):
         return set()
     return {pid for pid, twins in near_twins(annotations).items() if twins}
@@ -473,8 +476,8 @@ def twin_pids(annotations: DataFrame, recipe: Any) -> set[int]:
 def synthetic_ceiling(annotations: DataFrame) -> float:
     """The best R@1 on the test captions of rendered people, in per cent: that of a ranker with perfect attributes.
 
-    It knows what a caption states and every image's attributes, and has no way to choose among the images that fit:
-    a query's expected hit is the share of them that show its identity. Raises ValueError for other data.
+    The ranker knows the attributes that a caption states and those of every image, and orders the images that fit at
+    random: a query's expected hit is the share of these images with its identity. Raises ValueError for other data.
     """
     test = annotations[annotations["split"] == "test"]
     records = _records(test)

@@ -14,7 +14,7 @@ from irra_core.training import train
 
 
 def pretraining() -> Recipe:
-    """The recipe of the small CLIP's `general` weights: InfoNCE on the rendered domain `general`, last step kept."""
+    """The recipe of the small CLIP's `general` weights: InfoNCE on the rendered domain `general`, last epoch."""
     chosen = {"identities": 1000, "losses": "itc", "epochs": 14, "lr": 8e-4, "warmup_epochs": 1, "select_on": "last"}
     return recipe("synthetic-general", pretrained="none", **chosen)
 
@@ -31,7 +31,7 @@ def pretrained_general(progress=None) -> Path:
     weights = general_weights(recipe)
     if weights.exists():
         return weights
-    with runs.locked(weights.parent, wait=True, progress=progress):  # another process may be making them
+    with runs.locked(weights.parent, wait=True, progress=progress):  # another process may be training them
         if not weights.exists():
             folder = weights.with_suffix("")
             make_synthetic(folder, people=recipe.identities, domain="general", progress=progress)

@@ -18,7 +18,7 @@ Random = np.random.Generator
 
 @dataclass(frozen=True)
 class Place:
-    """How a domain looks: where it happens, the light, what the camera does to a photo."""
+    """The look of a domain: its scenes, its light and the effects of its camera."""
 
     scenes: tuple[str, ...]
     tint: tuple[Number, Number, Number]  # mean gain of red, green, blue
@@ -43,7 +43,7 @@ BRIGHT = tuple(COLOURS.values())
 def photograph(
     person: dict[str, Any], view: str, domain: str, rng: Random
 ) -> tuple[Image.Image, dict[str, list[int]], list[str]]:
-    """The photo, the pixel box of each thing on it, and the names of those that are mostly out of sight."""
+    """The photo, the pixel box of each thing in it, and the names of the things that are mostly hidden."""
     place = PLACES[domain]
     yaw = _pick(rng, YAWS[view]) + _in(rng, -30, 30) * (0.7 if view == "side" else 1)
     tall = _in(rng, 316, 350) * person["stature"] * (0.9 if person["carried"] == "open umbrella" else 1.0)
@@ -79,7 +79,7 @@ def _render(svg: str) -> Image.Image:
 
 
 def _in_sight(boxes: dict[str, list[Number]]) -> tuple[dict[str, list[int]], list[str]]:
-    """Boxes in whole pixels inside the photo, and the names of what is hidden by more than half."""
+    """Boxes in whole pixels inside the photo, and the names of the things of which more than half is hidden."""
     found, hidden = {}, []
     ox0, oy0, ox1, oy1 = boxes.pop("occluder", (0, 0, 0, 0))
     for name, (x0, y0, x1, y1) in boxes.items():
@@ -94,7 +94,7 @@ def _in_sight(boxes: dict[str, list[Number]]) -> tuple[dict[str, list[int]], lis
 
 
 def _camera(image: Image.Image, place: Place, light: Number, rng: Random) -> Image.Image:
-    """Blur, tint, exposure, contrast, faded colours, light from one side, noise."""
+    """The image with blur, tint, exposure, contrast, faded colours, light from one side and noise."""
     radius = _in(rng, 0, place.blur)
     if radius > 0.35:
         image = image.filter(ImageFilter.BoxBlur(radius))
@@ -111,11 +111,11 @@ def _camera(image: Image.Image, place: Place, light: Number, rng: Random) -> Ima
     return Image.fromarray(np.clip(pixels, 0, 255, out=pixels).astype(np.uint8))
 
 
-# what comes between, and who else is there
+# occluders and passers-by
 
 
 def _passer_by(sketch: Sketch, ground: Sketch, person: dict, eye: Eye, rng: Random, far: bool) -> None:
-    """Somebody else, far behind or cut by the photo's edge; has no boxes."""
+    """Draw another person, far behind or cut by the photo's edge, without boxes."""
     other = person | {"shades": {name: tone(_pick(rng, BRIGHT), -0.25) for name in person["shades"]}}
     other |= {"gender": "man", "hair": "short", "hat": "none", "glasses": "no", "bag": "none", "carried": "nothing"}
     other |= {"upper": "jacket", "worn": "closed", "pattern": "plain", "lower": "trousers", "shoes": "leather shoes"}
@@ -141,7 +141,7 @@ def _bollard(s: Sketch, rng: Random) -> None:
 
 
 def _bicycle(s: Sketch, rng: Random) -> None:
-    """A bicycle parked before the legs: thin enough to see through."""
+    """Draw a bicycle parked in front of the legs; its thin lines hide little."""
     x, y, r = _in(rng, -14, 60), _in(rng, 342, 352), 27
     paint = ink(_pick(rng, ((170, 36, 36), (30, 60, 120), (36, 38, 42), (60, 130, 90))))
     hubs = (x, y), (x + 74, y)
@@ -160,7 +160,7 @@ def _bicycle(s: Sketch, rng: Random) -> None:
 
 
 def _leaves(s: Sketch, rng: Random) -> None:
-    """A bush that reaches into a lower corner."""
+    """Draw a bush in a lower corner."""
     side = _pick(rng, (-1, 1))
     for depth in (0.62, 0.8, 1.0):
         for _ in range(7):
@@ -168,11 +168,11 @@ def _leaves(s: Sketch, rng: Random) -> None:
             s.oval((x, y), _in(rng, 6, 11), _in(rng, 5, 8), ink(tone((66, 122, 56), depth - 1)))
 
 
-# the place
+# backgrounds
 
 
 def scene(kind: str, light: Number, rng: Random) -> Sketch:
-    """What is behind the person: ground in perspective, walls, windows, trees, cars."""
+    """The background: ground in perspective, walls, windows, trees, cars."""
     s = Sketch(light)
     SCENES[kind](s, _in(rng, 150, 235), rng)
     return s
@@ -183,14 +183,14 @@ def _box(s: Sketch, x: Number, y: Number, w: Number, h: Number, rgb: Colour, alp
 
 
 def _fade(s: Sketch, y: Number, low: Number, a: Colour, b: Colour) -> None:
-    """A band over the whole width that goes from colour a (above) to b."""
+    """Draw a band over the whole width with a gradient from colour a (top) to b (bottom)."""
     stops = f'<stop offset="0" stop-color="{ink(a)}"/><stop offset="1" stop-color="{ink(b)}"/>'
     paint = s.gradient(f'<linearGradient id="{{}}" x1="0" y1="0" x2="0" y2="1">{stops}</linearGradient>')
     s.block(64, [(y, 70), (low, 70)], paint)
 
 
 def _ground(s: Sketch, horizon: Number, rgb: Colour, rng: Random) -> None:
-    """Slabs from the horizon down, drawn to a vanishing point."""
+    """Draw the slabs of the ground below the horizon, with a vanishing point."""
     _fade(s, horizon, HEIGHT + 2, tone(rgb, -0.12), tone(rgb, 0.08))
     centre, step = _in(rng, -30, 160), _in(rng, 100, 180)
     for i in range(-5, 6):
@@ -202,7 +202,7 @@ def _ground(s: Sketch, horizon: Number, rgb: Colour, rng: Random) -> None:
 
 
 def _windows(s: Sketch, low: Number, rng: Random, glass: Colour, frame: Colour, lit: Number = 0.0) -> None:
-    """Rows of windows down to a height."""
+    """Draw rows of windows, the lowest ending at y = low."""
     w, h, gap, x0 = _in(rng, 18, 30), _in(rng, 34, 52), _in(rng, 10, 18), _in(rng, -20, 5)
     y = low - h
     while y > -h:
@@ -256,7 +256,7 @@ def _shops(s: Sketch, horizon: Number, rng: Random) -> None:
     _fade(s, -2, horizon + 2, tone(wall, 0.05), tone(wall, -0.15))
     board = _pick(rng, ((176, 40, 44), (34, 66, 120), (230, 224, 208), (40, 110, 80), (222, 170, 60)))
     _box(s, -4, sign, 140, 26, board)
-    for _ in range(7):  # letters too far to read
+    for _ in range(7):  # letters, too small to read
         w = _in(rng, 4, 12)
         _box(s, x, sign + 8, w, 10, (245, 242, 232) if sum(board) < 480 else (60, 56, 52), 0.85)
         x += w + _in(rng, 3, 9)
@@ -327,7 +327,7 @@ def _night(s: Sketch, horizon: Number, rng: Random) -> None:
     _fade(s, -2, horizon + 2, (26, 30, 48), tone(wall, 0.1))
     _windows(s, horizon - _in(rng, 20, 60), rng, (34, 42, 58), tone(wall, -0.2), lit=0.38)
     _ground(s, horizon, _pick(rng, ((84, 86, 94), (96, 90, 86))), rng)
-    for _ in range(int(rng.integers(2, 5))):  # lamps and what the ground gives back of them
+    for _ in range(int(rng.integers(2, 5))):  # lamps and their reflections on the ground
         rgb = ink(_pick(rng, ((255, 214, 140), (255, 236, 200), (240, 120, 90), (130, 190, 255), (150, 240, 190))))
         stops = "".join(f'<stop offset="{at}" stop-color="{rgb}" stop-opacity="{by}"/>' for at, by in GLOW)
         paint = s.gradient(f'<radialGradient id="{{}}">{stops}</radialGradient>')

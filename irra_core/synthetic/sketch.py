@@ -1,4 +1,4 @@
-"""Solids and joints in cm before a camera → shapes of an SVG, each with its shading and its pixel box."""
+"""Solids and joints in cm in front of a camera → shapes of an SVG, each with its shading and its pixel box."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -10,12 +10,12 @@ Number = int | float
 Point = tuple[Number, Number]
 Colour = Sequence[Number]  # red, green, blue, up to 255
 Runs = Sequence[Sequence[Point]]
-ROUND = range(-90, 91, 30)  # angles of a line about a solid
+ROUND = range(-90, 91, 30)  # angles of the points of a line around a solid, degrees
 
 
 @dataclass(frozen=True)
 class Eye:
-    """The camera's geometry: yaw of the body, how far it looks down, pixels per cm, where the ground point lies."""
+    """The camera's geometry: the body's yaw, how far the camera looks down, pixels per cm, ground point, roll."""
 
     yaw: Number
     pitch: Number
@@ -34,16 +34,16 @@ class Eye:
         return self.see(side * cos(self.yaw) + ahead * sin(self.yaw), up, self.near(side, ahead))
 
     def near(self, side: Number, ahead: Number) -> Number:
-        """How far the point comes towards the camera, in cm."""
+        """The point's coordinate towards the camera, in cm."""
         return ahead * cos(self.yaw) - side * sin(self.yaw)
 
 
 @dataclass(frozen=True)
 class Lathe:
-    """A solid of elliptic sections about the body's vertical: trunk, skirt, head, hair and hat.
+    """A solid of elliptic sections around the body's vertical axis: trunk, skirt, head, hair and hat.
 
-    rows are (height, half width, half depth, centre forward) in cm, the top one first. Angles on the body count from
-    straight ahead (0) to its left (90); angles as seen from the left outline (-90) over the middle to the right (90).
+    `rows` are (height, half width, half depth, centre forward) in cm, the top row first. Angles on the body go from
+    straight ahead (0) to its left (90); angles as seen go from the left outline (-90) to the right outline (90).
     """
 
     rows: Sequence[Sequence[Number]]
@@ -58,7 +58,7 @@ class Lathe:
         return self.rows[-1][1:]
 
     def turn(self, up: Number) -> Number:
-        """Degrees to add to an angle on the body for the angle as seen."""
+        """Degrees to add to an angle on the body to get the angle as seen."""
         width, depth, _ = self.section(up)
         return degrees(atan2(depth * sin(self.eye.yaw), width * cos(self.eye.yaw)))
 
@@ -67,7 +67,7 @@ class Lathe:
         return self.ring(up, (seen,))[0]
 
     def ring(self, up: Number, seen: Iterable[Number] = ROUND) -> list[Point]:
-        """Pixels about the near side at a height, at angles as seen."""
+        """Pixels around the near side at a height, for angles as seen."""
         width, depth, centre = self.section(up)
         c, s = cos(self.eye.yaw), sin(self.eye.yaw)
         across, away = hypot(width * c, depth * s), hypot(width * s, depth * c)
@@ -76,7 +76,7 @@ class Lathe:
         return [self.eye.see(across * sin(a) + right, up, away * cos(a) + near) for a in turns]
 
     def facing(self, angle: Number, up: Number, within: Number = 88) -> Number | None:
-        """An angle on the body as seen, or None where it is turned away."""
+        """The angle as seen for an angle on the body, or None if it faces away from the camera."""
         seen = (angle + self.turn(up) + 180) % 360 - 180
         return seen if abs(seen) < within else None
 
@@ -90,11 +90,11 @@ class Lathe:
         return [self.edge(top, bottom, -90), self.ring(bottom), self.edge(top, bottom, 90)[::-1]]
 
     def band(self, top: Number, bottom: Number) -> Runs:
-        """Runs of a belt about the near side."""
+        """Runs of the outline of a horizontal band around the near side."""
         return [self.ring(top), self.ring(bottom)[::-1]]
 
     def panels(self, first: Number, last: Number, low: Callable, high: Callable, step: Number = 20) -> list[Runs]:
-        """Runs of the visible parts of the surface between two angles on the body and two heights (of the angle)."""
+        """Runs of the visible parts of the surface between two angles on the body and two heights (per angle)."""
         turn, found = self.turn((low(0) + high(0)) / 2), []
         for lap in (-360, 0, 360):
             start, end = max(first + turn + lap, -90), min(last + turn + lap, 90)
@@ -143,7 +143,7 @@ def limb(points: Sequence[Point], radii: Sequence[Number], ends: tuple[Number, N
 
 
 def along(points: Sequence[Sequence[Number]], t: Number) -> tuple[Number, ...]:
-    """The point at a share of a chain, each piece counting alike."""
+    """The point at fraction t of a chain, in which every segment counts as equally long."""
     at = min(max(t, 0.0), 1.0) * (len(points) - 1)
     i = min(int(at), len(points) - 2)
     return tuple(a + (at - i) * (b - a) for a, b in zip(points[i], points[i + 1], strict=True))
@@ -181,17 +181,17 @@ def ink(rgb: Colour) -> str:
 
 @dataclass
 class Sketch:
-    """An SVG in the making: shapes, gradients, and the pixel box of each named thing."""
+    """An SVG under construction: shapes, gradients, and the pixel box of each named thing."""
 
     light: Number  # -1: the light comes from the left, 1: from the right
     shapes: list[str] = field(default_factory=list)
     gradients: list[str] = field(default_factory=list)
     boxes: dict[str, list[Number]] = field(default_factory=dict)
-    names: tuple[str, ...] = ()  # what the next shapes belong to
-    stroke: str = ""  # style of the last shape where it was a line
+    names: tuple[str, ...] = ()  # names of the things that the next shapes belong to
+    stroke: str = ""  # style of the last shape if it was a line
 
     def shaded(self, rgb: Colour, a: Point, b: Point, depth: Number = 1.0) -> str:
-        """Paint of a rounded thing that reaches from pixel a (its left) to pixel b: lit on the light's side."""
+        """Paint of a rounded thing from pixel a (its left) to pixel b (its right), brighter on the light's side."""
         tones = [(0.0, -0.2), (0.22, 0.1), (0.42, 0.03), (0.72, -0.2), (1.0, -0.52)]
         if self.light > 0:
             tones = [(1 - at, by) for at, by in reversed(tones)]
@@ -206,7 +206,7 @@ class Sketch:
         return self.shaded(rgb, solid.spot(up, -90), solid.spot(up, 90), depth)
 
     def gradient(self, text: str) -> str:
-        """Add a gradient whose id is written {}; gives its paint."""
+        """Add a gradient from SVG text with {} in place of the id; returns its paint."""
         name = f"g{len(self.gradients)}"
         self.gradients.append(text.format(name))
         return f"url(#{name})"
@@ -249,7 +249,7 @@ class Sketch:
         self.stroke = stroke
 
     def _box(self, points: Sequence[Point], boxed: bool) -> None:
-        """Let the boxes of the current names hold these points."""
+        """Extend the boxes of the current names to include these points."""
         if not (boxed and self.names):
             return
         xs, ys = [p[0] for p in points], [p[1] for p in points]

@@ -1,4 +1,4 @@
-"""A model, photos and a sentence → what each word adds to the score, where it looks, and what stands behind a mask."""
+"""A model, photos and a sentence → each word's contribution to the score, its map, and predictions of masked words."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,18 +19,18 @@ from irra_core.synthetic.people import attributes
 from irra_core.text import END_ID, MASK_ID, START_ID, detokenize_words, tokenize, trim
 from irra_core.transformer import attend
 
-CHUNK = 128  # captions read at once
-WINDOWS = (12, 4)  # rows and columns of the squares that drop-one-patch covers: a hand or a shoe of a pedestrian
+CHUNK = 128  # captions per forward pass
+WINDOWS = (12, 4)  # rows and columns of the squares that drop-one-patch covers, each about a pedestrian's hand or shoe
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why some photos have the score they have with a sentence, word by word."""
+    """The scores of some photos for a sentence, explained word by word."""
 
     words: list[str]
     scores: Float[np.ndarray, " photos"]  # cosine similarity of the whole sentence
-    contributions: Float[np.ndarray, "photos words"]  # what the score loses when the word is dropped
-    maps: Float[np.ndarray, "looked_at words rows cols"]  # where each word looks
+    contributions: Float[np.ndarray, "photos words"]  # decrease of the score when the word is dropped
+    maps: Float[np.ndarray, "looked_at words rows cols"]  # weight of each patch for each word
     method: str  # "attention", or "drop-one-patch" for a model without interaction encoder
 
 
@@ -40,10 +40,9 @@ def explain(
 ) -> Explanation:
     """Each word's contribution to each photo's score (drop-one-word) and its map over the photo.
 
-    The maps are the interaction encoder's word-to-patch attention. A model without one gets drop-one-patch: what the
-    word's contribution loses when a square of the photo is covered with its mean colour; negative values, where the
-    contribution grows, are set to 0. That takes 48 passes a photo: `looked_at` are the rows of images whose maps are
-    wanted, all of them if None.
+    The maps are the interaction encoder's word-to-patch attention. For a model without one they are drop-one-patch: the
+    decrease of the word's contribution when a square of the photo is covered with the photo's mean colour; an increase
+    counts as 0. This takes 48 passes per photo, so `looked_at` selects the rows of images that get a map (None: all).
     """
     device = next(model.parameters()).device
     images = images.to(device)
@@ -59,16 +58,16 @@ def explain(
         seen = model.attention(images[chosen], tokens.expand(len(chosen), -1))
         maps = torch.stack([seen[:, positions].mean(1) for _, positions in words], 1) if words else seen[:, :0]
         method = "attention"
-    found = [part.float().cpu().numpy() for part in (scores[:, 0], contributions, maps)]
-    return Explanation([word for word, _ in words], *found, method)
+    arrays = [part.float().cpu().numpy() for part in (scores[:, 0], contributions, maps)]
+    return Explanation([word for word, _ in words], *arrays, method)
 
 
 def _without_each(tokens: Int[Tensor, " length"], words: list[tuple[str, list[int]]]) -> Int[Tensor, "words length"]:
-    """The sentence once a word, each time without that word's tokens, padded to the sentence's length."""
+    """One copy of the sentence per word, without that word's tokens, padded to the sentence's length."""
     shorter = tokens.new_zeros(len(words), len(tokens))
     for row, (_, positions) in enumerate(words):
-        kept = [token for place, token in enumerate(tokens.tolist()) if place not in positions]
-        shorter[row, : len(kept)] = tokens.new_tensor(kept)
+        others = [token for position, token in enumerate(tokens.tolist()) if position not in positions]
+        shorter[row, : len(others)] = tokens.new_tensor(others)
     return shorter
 
 
@@ -78,7 +77,7 @@ def _drop_each_patch(
     texts: Float[Tensor, "texts dim"],
     contributions: Float[Tensor, "photos words"],
 ) -> Float[Tensor, "photos words rows cols"]:
-    """What each word's contribution loses when each square of each photo is covered; texts[0] is the whole sentence."""
+    """Decrease of each word's contribution when each square of each photo is covered; texts[0]: the whole sentence."""
     rows, cols = WINDOWS
     height, width = images.shape[-2:]
     square = torch.eye(rows * cols, device=images.device).view(-1, 1, rows, cols)
@@ -94,18 +93,18 @@ def _drop_each_patch(
 
 @torch.inference_mode()
 def fill_masks(model: IRRA, images: Float[Tensor, "photos 3 height width"], text: str, n: int = 5) -> DataFrame:
-    """The n likeliest words behind each [MASK] of a sentence, photo by photo.
+    """The n most probable words for each [MASK] of a sentence, for each photo.
 
-    Columns photo (row of images), mask (0 for the first one), rank, word, probability (of all words). Empty for a
+    Columns photo (row of images), mask (0 for the first one), rank, word, probability (among all words). Empty for a
     sentence without mask. Raises ValueError for a model without MLM.
     """
     device = next(model.parameters()).device
     (tokens,) = trim(tokenize([text]).to(device))
-    places = (tokens[0] == MASK_ID).nonzero().flatten() if "[MASK]" in text else tokens.new_zeros(0)
+    positions = (tokens[0] == MASK_ID).nonzero().flatten() if "[MASK]" in text else tokens.new_zeros(0)
     rows = []
-    if len(places):
-        logits = model.word_logits(images.to(device), tokens.expand(len(images), -1))[:, places].float()
-        logits[..., [MASK_ID, START_ID, END_ID]] = -torch.inf  # these are no words
+    if len(positions):
+        logits = model.word_logits(images.to(device), tokens.expand(len(images), -1))[:, positions].float()
+        logits[..., [MASK_ID, START_ID, END_ID]] = -torch.inf  # these are not words
         likeliest = logits.softmax(-1).topk(n, dim=-1)
         for (photo, mask, rank), token in np.ndenumerate(likeliest.indices.cpu().numpy()):
             word = "".join(piece for piece, _ in detokenize_words(torch.tensor([token])))
@@ -117,16 +116,16 @@ def fill_masks(model: IRRA, images: Float[Tensor, "photos 3 height width"], text
 def rollout(
     model: IRRA, images: Float[Tensor, "batch 3 height width"], tokens: Int[Tensor, "batch length"]
 ) -> Float[Tensor, "batch length rows cols"]:
-    """Where each word's last state comes from: its attention to the patches, followed through the text blocks.
+    """Attention rollout: each word's attention to the patches, propagated through the text blocks.
 
-    A block passes on half of a word's own state and half of what the word attends to (mean over heads): the words'
-    maps are mixed in these shares. As in `IRRA.attention` the class token's share is left out. Raises ValueError for
-    another encoder than `cross`, whose blocks alone come after the image. Source: Abnar & Zuidema, "Quantifying
-    Attention Flow in Transformers", ACL 2020.
+    After each block, a word's map is half its own previous map and half the attention-weighted mean of all words'
+    previous maps (attention averaged over heads). As in `IRRA.attention`, the class token's share is omitted. Raises
+    ValueError for another encoder than `cross`, the only one with text blocks after its attention to the image.
+    Source: Abnar & Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020.
     """
     encoder, length = model.interaction, tokens.shape[1]
     if not isinstance(encoder, CrossEncoder):
-        raise ValueError(f"rollout follows text blocks behind the image: {type(encoder).__name__} has none, cross has")
+        raise ValueError(f"rollout needs text blocks after the image: {type(encoder).__name__} has none, cross has")
     tokens, real = _attended(model, tokens)
     mask, shares = None if real is None else real[:, None, None], []
     words, patches = encoder.ln_text(model.text_tokens(tokens)), encoder.ln_image(model.image_tokens(images))
@@ -150,12 +149,12 @@ def box_cover(box: Sequence[int], size: tuple[int, int], grid: tuple[int, int]) 
 
 
 def attention_mass(model: IRRA, annotations: DataFrame) -> DataFrame:
-    """How much of the look of each word about a garment or another thing falls into that thing's box.
+    """The share of each word's attention that lies in the box of the garment or other thing that the word names.
 
-    A row a colour or noun of a caption of rendered people whose photo shows the thing: pid, image_id, thing, kind,
-    word; attention (the share of the word's attention over the patches that lies in the box, mean over layers and
-    heads), rollout (the same of `rollout`; NaN for encoders without) and area (the box's share of the photo: what
-    attention spread evenly would have). Raises ValueError for images that were not rendered or a model without MLM.
+    One row per colour or noun in captions of rendered people whose photo shows the thing: pid, image_id, thing, kind,
+    word; attention (the share in the box of the word's attention over the patches, mean over layers and heads), rollout
+    (the same for `rollout`; NaN for encoders without it) and area (the box's share of the photo, which is also the
+    share of evenly spread attention). Raises ValueError for images that were not rendered or a model without MLM.
     """
     boxes = attributes(annotations).set_index("image_id")["boxes"]
     rows = []
@@ -165,12 +164,12 @@ def attention_mass(model: IRRA, annotations: DataFrame) -> DataFrame:
             if isinstance(model.interaction, CrossEncoder):
                 maps["rollout"] = rollout(model, images, tokens)
         maps = {name: each.float().cpu().numpy() for name, each in maps.items()}
-        for place, caption in enumerate(chunk.itertuples()):
+        for row, caption in enumerate(chunk.itertuples()):
             size = open_photo(caption.path).size
-            for thing, kind, word, positions in named_words(tokens[place]):
+            for thing, kind, word, positions in named_words(tokens[row]):
                 if thing in boxes[caption.image_id]:
                     cover = box_cover(boxes[caption.image_id][thing], size, model.grid)
-                    looks = {name: each[place, positions].mean(0) for name, each in maps.items()}
+                    looks = {name: each[row, positions].mean(0) for name, each in maps.items()}
                     mass = {name: float((look * cover).sum() / look.sum()) for name, look in looks.items()}
                     rows.append((caption.pid, caption.image_id, thing, kind, word, mass["attention"],
                                  mass.get("rollout", np.nan), float(cover.mean())))  # fmt: skip
@@ -179,35 +178,34 @@ def attention_mass(model: IRRA, annotations: DataFrame) -> DataFrame:
 
 
 def _read(model: IRRA, annotations: DataFrame) -> Iterator[tuple[DataFrame, Tensor, Tensor]]:
-    """The captions by the chunk, each with its photo and tokens on the model's device."""
+    """Yields chunks of captions, each caption with its photo and tokens on the model's device."""
     device = next(model.parameters()).device
     photos = annotations.drop_duplicates("image_id")
-    places = dict(zip(photos["image_id"], range(len(photos)), strict=True))
+    row_of = dict(zip(photos["image_id"], range(len(photos)), strict=True))
     pixels = image_array(list(photos["path"]), *model.image_size).pixels
     for start in range(0, len(annotations), CHUNK):
         chunk = annotations.iloc[start : start + CHUNK]
-        shown = torch.from_numpy(pixels[[places[image] for image in chunk["image_id"]]])
+        shown = torch.from_numpy(pixels[[row_of[image] for image in chunk["image_id"]]])
         (tokens,) = trim(tokenize(list(chunk["caption"])))
         yield chunk, normalise(shown.to(device)), tokens.to(device)
 
 
 def named_words(tokens: Int[Tensor, " length"]) -> Iterator[tuple[str, str, str, list[int]]]:
-    """The things named in a tokenised caption: thing, kind, word, and the positions of its tokens."""
+    """Yields the things named in a tokenised caption: thing, kind, word, and the positions of its tokens."""
     words = detokenize_words(tokens)
-    for thing, kind, places in things_named([word for word, _ in words]):
-        positions = [position for place in places for position in words[place][1]]
-        yield thing, kind, " ".join(words[place][0] for place in places), positions
+    for thing, kind, indices in things_named([word for word, _ in words]):
+        positions = [position for index in indices for position in words[index][1]]
+        yield thing, kind, " ".join(words[index][0] for index in indices), positions
 
 
 @torch.inference_mode()
 def word_evidence(model: IRRA, annotations: DataFrame, others: int = 8, seed: int = 0) -> DataFrame:
-    """How much the photo tells of each masked word: the caption's own photo against photos of other people.
+    """How much the photo helps to predict each masked word: the caption's own photo against photos of other people.
 
-    A row a colour or noun of one token that a caption of the rendered people's grammar names: pid, image_id, thing,
-    kind, word; with_image, the probability of that word behind a mask in its place, given the caption's photo;
-    without_image, its mean over `others` photos of other people, drawn from the seed; bits, the logarithm to base 2
-    of their ratio; right_with and right_without, whether it is the likeliest of all words. Raises ValueError for a
-    model without MLM.
+    One row per colour or noun of one token in captions of the rendered people's grammar: pid, image_id, thing, kind,
+    word; with_image, the probability of the masked word given the caption's photo; without_image, its mean probability
+    over `others` photos of other people, drawn with the seed; bits, the logarithm to base 2 of the ratio; right_with
+    and right_without, whether the word is the most probable of all. Raises ValueError for a model without MLM.
     """
     device, draw = next(model.parameters()).device, np.random.default_rng(seed)
     photos = annotations.drop_duplicates("image_id").reset_index(drop=True)
@@ -221,33 +219,33 @@ def word_evidence(model: IRRA, annotations: DataFrame, others: int = 8, seed: in
         named = [item for item in named_words(tokens[0]) if len(item[3]) == 1]
         chances = _chances(model, images, tokens[0], [positions[0] for *_, positions in named])
         for (thing, kind, word, (position,)), chance in zip(named, chances, strict=True):
-            told, guessed = chance[0], chance[1:].mean(0)
+            seen, unseen = chance[0], chance[1:].mean(0)
             true = int(tokens[0, position])
             rows.append({"pid": caption.pid, "image_id": caption.image_id, "thing": thing, "kind": kind, "word": word,
-                         "with_image": float(told[true]), "without_image": float(guessed[true]),
-                         "bits": float((told[true] / guessed[true]).log2()),
-                         "right_with": int(told.argmax()) == true, "right_without": int(guessed.argmax()) == true,
+                         "with_image": float(seen[true]), "without_image": float(unseen[true]),
+                         "bits": float((seen[true] / unseen[true]).log2()),
+                         "right_with": int(seen.argmax()) == true, "right_without": int(unseen.argmax()) == true,
                          })  # fmt: skip
     return DataFrame(rows)
 
 
 def _chances(
-    model: IRRA, images: Float[Tensor, "photos 3 height width"], tokens: Int[Tensor, " length"], places: list[int]
-) -> Float[Tensor, "places photos vocabulary"]:
-    """The probability of every word at each of the places when it alone is masked, photo by photo."""
-    at = torch.tensor(places, dtype=torch.long, device=tokens.device)
-    masked = tokens.repeat(len(places), 1).scatter(1, at[:, None], MASK_ID)
+    model: IRRA, images: Float[Tensor, "photos 3 height width"], tokens: Int[Tensor, " length"], positions: list[int]
+) -> Float[Tensor, "positions photos vocabulary"]:
+    """The probability of every word at each position, with only that position masked, for each photo."""
+    at = torch.tensor(positions, dtype=torch.long, device=tokens.device)
+    masked = tokens.repeat(len(positions), 1).scatter(1, at[:, None], MASK_ID)
     masked, real = _attended(model, masked)
     words, patches = model.text_tokens(masked), model.image_tokens(images)
-    photos = torch.arange(len(images), device=at.device).repeat(len(places))
-    rows = torch.arange(len(places), device=at.device).repeat_interleave(len(images))
+    photos = torch.arange(len(images), device=at.device).repeat(len(positions))
+    rows = torch.arange(len(positions), device=at.device).repeat_interleave(len(images))
     real = None if real is None else real[rows]
     states = model.interaction(words[rows], patches[photos], real, at[rows, None])
-    return model.mlm_head(states[:, 0]).float().softmax(1).unflatten(0, (len(places), len(images)))
+    return model.mlm_head(states[:, 0]).float().softmax(1).unflatten(0, (len(positions), len(images)))
 
 
 def _attended(model: IRRA, tokens: Int[Tensor, "n length"]) -> tuple[Tensor, Tensor | None]:
-    """The tokens as the text blocks take them, and which of them are attended to (None: all, padding too)."""
+    """The tokens as input of the text blocks, and a mask of those attended to (None: all, including padding)."""
     if model.padding_attention:
         return F.pad(tokens, (0, model.clip.context_length - tokens.shape[1])), None
     return tokens, torch.arange(tokens.shape[1], device=tokens.device) <= tokens.argmax(1, keepdim=True)

@@ -17,22 +17,22 @@ from irra_core.annotations import photo_table
 from irra_core.images import UnreadableImages, decode_images, open_photo
 from irra_core.settings import progress_bar
 
-SIDE = 16  # the hash looks at the SIDE × SIDE lowest frequencies
+SIDE = 16  # the hash uses the SIDE × SIDE lowest frequencies
 SIZE = (4 * SIDE, 2 * SIDE)  # pixels, height and width: upright like the photos
-# Measured on rendered photos (`sensitivity` measures it on any): copies that were saved again or resized differ in at
-# most 6 bits, copies cropped by 2 % at each side in 36 (median), 98 % of them in at most 48. Of 5.1 million pairs of
-# photos of different people none differs in 48 or fewer; the nearest differ in 60. The usual hash of 64 bits is too
-# short: the same crops need a limit of 8, and 42 of these pairs are within it.
+# Measured on rendered photos (`sensitivity` measures any photos): copies that were saved again or resized differ in at
+# most 6 bits; copies cropped by 2 % at each side differ in 36 bits (median), and 98 % of them in at most 48. Of 5.1
+# million pairs of photos of different people none differs in 48 bits or fewer; the nearest pair differs in 60. The
+# usual hash of 64 bits is too short: the same crops need a limit of 8 bits, and 42 of these pairs differ in 8 or fewer.
 SAME = 48
-GREY = np.array([0.299, 0.587, 0.114])  # of red, green and blue: brightness as the eye weighs it
+GREY = np.array([0.299, 0.587, 0.114])  # weights of red, green and blue in the perceived brightness
 
 
 def photo_hashes(paths: Iterable[str | Path], progress=None) -> UInt8[np.ndarray, "photos 32"]:
-    """255 bits (and a zero) per photo: which of its low frequencies lie above their median.
+    """255 bits (and a padding zero) per photo: which of its low frequencies lie above their median.
 
-    The photo in grey, resized to SIZE, goes through a cosine transform; the mean brightness is left out. Copies that
-    were saved again, resized or slightly cropped keep most bits; mirrored copies do not. Raises UnreadableImages,
-    naming every file.
+    The bits come from the cosine transform of the grey photo, resized to SIZE, without the mean brightness. Copies that
+    were saved again, resized or slightly cropped have mostly the same bits; mirrored copies do not. Raises
+    UnreadableImages, naming every file.
     """
     files = [str(path) for path in paths]
     hashes = np.zeros((len(files), SIDE**2 // 8), dtype=np.uint8)
@@ -58,15 +58,15 @@ def _hash(pixels: UInt8[np.ndarray, "3 h w"]) -> UInt8[np.ndarray, " 32"]:
 
 @functools.cache
 def _cosines(n: int) -> Float[np.ndarray, "16 n"]:
-    """The first SIDE rows of the discrete cosine transform of n numbers, each up to a factor."""
+    """The first SIDE rows of the discrete cosine transform of n numbers, without normalisation."""
     return np.cos(np.pi / n * np.arange(SIDE)[:, None] * (np.arange(n) + 0.5))
 
 
 def same_photos(train: DataFrame, test: DataFrame, distance: int = SAME, progress=None) -> DataFrame:
     """The photos of `test` that are also in `train`, one row per pair: both image_ids, pids and paths, and `distance`.
 
-    train, test: columns `image_id, pid, path`. `distance` counts the bits that differ, of 255: at most the limit that
-    is given. The nearest pairs come first. Raises UnreadableImages.
+    train, test: columns `image_id, pid, path`. The column `distance` is the number of the 255 bits that differ; the
+    argument is its maximum. The nearest pairs come first. Raises UnreadableImages.
     """
     tables = [photo_table(table).reset_index(drop=True) for table in (train, test)]
     hashes = [photo_hashes(table.path, progress) for table in tables]
@@ -83,7 +83,7 @@ def pairs(
     """`same_photos` of tables with one row per photo, whose hashes are given."""
     index = faiss.IndexBinaryFlat(8 * test_hashes.shape[1])
     index.add(np.ascontiguousarray(train_hashes))
-    ends, bits, neighbours = index.range_search(np.ascontiguousarray(test_hashes), distance + 1)  # faiss: less than
+    ends, bits, neighbours = index.range_search(np.ascontiguousarray(test_hashes), distance + 1)  # faiss: below
     query = np.repeat(np.arange(len(test)), np.diff(ends.astype(np.int64)))
     columns = {}
     for name, table, rows in (("test", test, query), ("train", train, neighbours)):
@@ -103,7 +103,7 @@ def nearest(
 
 
 def sensitivity(paths: Iterable[str | Path], distance: int = SAME) -> DataFrame:
-    """Distances between photos and copies of them, one row per way of copying: `median, largest, found`.
+    """Distances between photos and copies of them, one row per kind of copy: `copy, median, largest, found`.
 
     `found` is the share of copies, in per cent, that a search with this `distance` finds.
     """

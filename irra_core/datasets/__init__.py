@@ -1,1 +1,1 @@
-"""Readers of data beyond the official JSON files."""
+"""Readers of data formats other than the official JSON files."""

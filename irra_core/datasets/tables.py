@@ -14,13 +14,13 @@ COLUMNS = ("path", "caption", "id", "split")  # the last is optional; other colu
 
 
 def read_table(file: Path) -> Iterator[dict[str, Any] | ValueError]:
-    """The record of each row, or, for a row that is malformed, the error that says why.
+    """Yields the record of each row, or a ValueError with the reason if the row is malformed.
 
     Raises ValueError if the file is damaged or lacks a column.
     """
     is_csv = file.suffix.lower() == ".csv"
     for row in _read_csv(file) if is_csv else _read_parquet(file):
-        if is_csv and (None in row or None in row.values()):  # DictReader's marks of too many and too few cells
+        if is_csv and (None in row or None in row.values()):  # DictReader's marks for too many and too few cells
             wrong = "more" if None in row else "fewer"
             yield ValueError(f"has {wrong} cells than the first line: write a sentence with commas in double quotes")
         elif not isinstance(row["path"], str):
@@ -31,7 +31,7 @@ def read_table(file: Path) -> Iterator[dict[str, Any] | ValueError]:
 
 
 def _read_csv(file: Path) -> list[dict[str | None, Any]]:
-    """The rows of a CSV file, every cell a text. pandas would shift or drop cells of a row that has too many."""
+    """The rows of a CSV file, every cell as text. pandas would shift or drop cells of a row that has too many."""
     reader = csv.DictReader(io.StringIO(read_text(file), newline=""), strict=True)
     limit = csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters per cell, is too small for some captions
     try:
@@ -45,10 +45,10 @@ def _read_csv(file: Path) -> list[dict[str | None, Any]]:
 
 
 def _read_parquet(file: Path) -> list[dict[str, Any]]:
-    """The rows of a Parquet file; a null split is an empty text."""
+    """The rows of a Parquet file; a null split becomes an empty text."""
     try:
         table = pd.read_parquet(file)
-    except (ValueError, OSError, KeyError) as error:  # pyarrow's own errors are among them; KeyError: an absent index
+    except (ValueError, OSError, KeyError) as error:  # includes pyarrow's errors; KeyError: an index is absent
         raise ValueError(f"{named(file)} is no readable Parquet file ({error}): copy or write it again") from None
     _check_columns(file, list(table.columns))
     return table.filter(COLUMNS).astype(object).fillna({"split": ""}).to_dict("records")

@@ -1,8 +1,8 @@
-// The query explorer's page. All text from outside is set as textContent: nothing that is typed or read is ever markup.
+// The query explorer's page. All external text is set as textContent, so that it is never interpreted as markup.
 
-const PAUSE = 60; // ms without a key press before the sentence is searched
-const SETTLED = 350; // ms without a new ranking before words are filled in for [MASK]
-// matplotlib's inferno, at five places
+const PAUSE = 60; // ms after the last key press before the sentence is searched
+const SETTLED = 350; // ms after the last ranking before [MASK] is filled in
+// matplotlib's colormap inferno, at five values
 const GLOW = [[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]];
 
 /** An element with properties and children; a child that is a string becomes a text node. */
@@ -28,7 +28,7 @@ function glow(value) {
   return GLOW[low].map((part, i) => part + (place - low) * (GLOW[low + 1][i] - part));
 }
 
-/** A canvas of one pixel a patch, lit where a word looks. */
+/** A canvas with one pixel per patch, bright where a word attends. */
 function mapCanvas(bytes, rows, cols) {
   const canvas = make("canvas", { className: "irra-map", width: cols, height: rows });
   const context = canvas.getContext("2d");
@@ -47,7 +47,7 @@ function render({ model, el }) {
     model.on(event, call);
     listeners.push([event, call]);
   };
-  const page = {}; // what the present view is made of: cards by strip, word chips
+  const page = {}; // elements of the current view: cards by strip, word chips
   let wordAt = null; // the word under the pointer
   let cardAt = null; // the card under the pointer: {strip, place}
   let timer = null;
@@ -79,7 +79,7 @@ function render({ model, el }) {
     make("div", { className: "irra-reading" }, words, make("span", { className: "irra-buttons" }, hold, save)),
     hint, moves, strips, picture,
   );
-  root.dataset.lmSuppressShortcuts = "true"; // letters are typed here, they are no commands of JupyterLab
+  root.dataset.lmSuppressShortcuts = "true"; // typed letters must not trigger JupyterLab's shortcuts
   el.append(root);
 
   const ask = (kind, more = {}) => model.send({ kind, serial: model.get("view").serial, ...more });
@@ -216,7 +216,7 @@ function render({ model, el }) {
     glide(places);
   }
 
-  /** Where each photo is on the page now, so that a photo that moves in the ranking is seen to move. */
+  /** The present position of each photo on the page, from which a change of rank is animated. */
   function positions() {
     const found = new Map();
     (page.cards || []).forEach((cards, s) => cards.forEach((card) => {
@@ -256,7 +256,7 @@ function render({ model, el }) {
     drawFills();
   }
 
-  // Why: maps and contributions
+  // Explanation: maps and contributions
   function point(change) {
     if ("word" in change) wordAt = change.word;
     if ("card" in change) cardAt = change.card;
@@ -316,7 +316,7 @@ function render({ model, el }) {
     return "This model has no word-to-patch attention: light shows where covering a photo that you pointed at costs the word its share.";
   }
 
-  // What is behind [MASK]
+  // Words predicted for [MASK]
   function drawFills() {
     const fills = model.get("fills");
     const current = fills.serial === model.get("view").serial;

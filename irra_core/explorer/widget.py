@@ -28,22 +28,22 @@ from irra_core.runs import write_text
 from irra_core.settings import reports_root
 from irra_core.text import END_ID, MASK_ID, detokenize_words, tokenize, whole_characters
 
-THUMBNAIL = (192, 288)  # pixels: twice the size on the page, for sharp screens
-LONGEST = 5000  # characters of a query: ten times what the model reads
+THUMBNAIL = (192, 288)  # pixels: twice the size on the page, for high-resolution screens
+LONGEST = 5000  # characters of a query: ten times as many as the model reads
 DEEP = 10_000  # ranks searched for the right photos
-CHOICES = (5, 10, 20, 50)  # of k
+CHOICES = (5, 10, 20, 50)  # values of k offered on the page
 
 Card = dict[str, Any]  # the page's data about one photo
 
 
 class QueryExplorer(anywidget.AnyWidget):
-    """A page that searches photos by a sentence and shows why: the last line of a cell displays it.
+    """A notebook widget that searches photos by a sentence and explains the ranking; the last line of a cell shows it.
 
-    galleries: a Gallery, or name → Gallery to compare checkpoints on the same sentence, one strip of photos each.
-    annotations: known sentences (columns pid, path, caption). They are offered as examples, and for them right and
-    wrong photos are framed. `query` and `k` are the first search, and can be read and set later; `held` is the sentence
-    whose ranking is the reference for rank changes, `picture` the image_id of the photo that is open. `state` has the
-    four: `QueryExplorer(gallery, annotations, **state)` shows the same page again.
+    galleries: a Gallery, or name → Gallery to compare checkpoints on the same sentence, with one strip of photos each.
+    annotations: known sentences (columns pid, path, caption). They are offered as examples; for these sentences, right
+    and wrong photos are framed. `query` and `k` set the first search, and can be read and set later. `held` is the
+    sentence whose ranking is the reference for rank changes, `picture` the image_id of the open photo. `state` holds
+    these four: `QueryExplorer(gallery, annotations, **state)` restores the page.
     """
 
     _esm = Path(__file__).with_name("widget.js")
@@ -114,7 +114,7 @@ class QueryExplorer(anywidget.AnyWidget):
         return figure
 
     def save(self, folder: str | Path | None = None) -> Path:
-        """Write the page's ranking as a PNG with its caption beside it (.txt), by default below `reports/explorer`."""
+        """Write the page's ranking as a PNG, and its caption as a .txt beside it, by default to `reports/explorer`."""
         figure = self.figure()
         folder = reports_root() / "explorer" if folder is None else Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -157,7 +157,7 @@ class QueryExplorer(anywidget.AnyWidget):
             strips.append({"name": name, "standing": self._standing(table), "cards": cards})
         tokens = tokenize([text])
         if _is_cut(text, tokens):
-            self.note = "This is longer than the model can read: it reads the words below, and leaves out the rest."
+            self.note = "This is longer than the model can read: it reads the words below and ignores the rest."
         words = [word for word, _ in detokenize_words(tokens[0])]
         masks = int((tokens == MASK_ID).sum()) if "[MASK]" in text else 0
         truth = None if self._truth is None else _thumbnail(str(self._truth["path"])) | {"pid": int(self._truth["pid"])}
@@ -185,7 +185,7 @@ class QueryExplorer(anywidget.AnyWidget):
         return f"first right photo at rank {first:,} · average precision {precision.item():.0f} %"
 
     def _note_moves(self, name: str, gallery, cards: list[Card]) -> None:
-        """Add to each card its rank change since the held query ("new": it was not among the first 10 k)."""
+        """Add to each card its rank change since the held query ("new": not among the first 10 · k ranks of it)."""
         if not self.held.strip():
             return
         if (name, self.held) not in self._held_ranks:
@@ -216,7 +216,7 @@ class QueryExplorer(anywidget.AnyWidget):
                 self.note = f"Saved as {self.save()}"
 
     def _explain(self, strip: int | None, place: int | None) -> None:
-        """Send all contributions, and the maps of all photos, or of the requested one if a map costs 48 passes."""
+        """Send all contributions, and the maps of all photos, or only of the requested one if each costs 48 passes."""
         if self.explanation.get("serial") != self._serial:
             self._explained = [{} for _ in self._results]
         for number, (name, table) in enumerate(self._results.items()):
@@ -226,26 +226,26 @@ class QueryExplorer(anywidget.AnyWidget):
                 looked_at = [place] if strip == number and place in looked_at else []
             looked_at = [photo for photo in looked_at if "map" not in known.get("photos", {}).get(photo, {})]
             if not known or looked_at:
-                found = explain(model, _images(model, list(table["path"])), self.view["query"], looked_at)
+                result = explain(model, _images(model, list(table["path"])), self.view["query"], looked_at)
                 photos = {
-                    photo: known.get("photos", {}).get(photo, {}) | sent for photo, sent in _sent(found, looked_at)
+                    photo: known.get("photos", {}).get(photo, {}) | sent for photo, sent in _sent(result, looked_at)
                 }
-                rows, cols = found.maps.shape[2:]
-                self._explained[number] = {"method": found.method, "rows": rows, "cols": cols, "photos": photos}
-        strips = [found | {"photos": {str(k): v for k, v in found["photos"].items()}} for found in self._explained]
+                rows, cols = result.maps.shape[2:]
+                self._explained[number] = {"method": result.method, "rows": rows, "cols": cols, "photos": photos}
+        strips = [strip | {"photos": {str(k): v for k, v in strip["photos"].items()}} for strip in self._explained]
         self.explanation = {"serial": self._serial, "strips": strips}
 
     def _fill(self) -> None:
-        """Send the most probable words of each mask per photo; a strip whose model has no MLM says so."""
+        """Send the most probable words of each mask per photo; for a model without MLM, send a note instead."""
         strips = []
         for name, table in self._results.items():
             model = self._galleries[name].model
             if model.mlm_head is None:
-                strips.append({"note": "trained without MLM: it fills in no words", "photos": []})
+                strips.append({"note": "this model was trained without MLM and cannot fill in words", "photos": []})
                 continue
-            found = fill_masks(model, _images(model, list(table["path"])), self.view["query"])
+            words = fill_masks(model, _images(model, list(table["path"])), self.view["query"])
             photos: list[list[list]] = [[[] for _ in range(self.view["masks"])] for _ in range(len(table))]
-            for row in found.itertuples():
+            for row in words.itertuples():
                 photos[row.photo][row.mask].append([row.word, row.probability])
             strips.append({"note": "", "photos": photos})
         self.fills = {"serial": self._serial, "strips": strips}
@@ -271,7 +271,7 @@ class QueryExplorer(anywidget.AnyWidget):
 
     @contextlib.contextmanager
     def _plain_words(self, what: str) -> Iterator[None]:
-        """Within, an error becomes one sentence on the page, and the exception is kept in `failure`."""
+        """Context manager that shows an error as one sentence on the page, and stores the exception in `failure`."""
         try:
             yield
         except Exception as error:
@@ -316,7 +316,7 @@ def _card(row) -> Card:
 
 @lru_cache(maxsize=4096)
 def _thumbnail(path: str) -> dict[str, Any]:
-    """A small JPEG as a data URL, and its width over its height; `src` is empty where the file cannot be read."""
+    """A small JPEG as a data URL, and its width over its height; `src` is empty if the file cannot be read."""
     try:
         photo = open_photo(path, THUMBNAIL)
     except UnreadableImages:  # the page shows an empty frame with the file's name
@@ -335,7 +335,7 @@ def _images(model, paths: list[str]) -> torch.Tensor:
 
 
 def _sent(found, looked_at: list[int]) -> Iterator[tuple[int, dict]]:
-    """Each photo's contributions and, if it was computed, its map: one byte per patch.
+    """Yields each photo's contributions and, if it was computed, its map: one byte per patch.
 
     255 is the word's maximum in this photo, but at least half its maximum over all photos: a photo with little
     evidence for the word stays dim, and one bright photo does not darken the others.

@@ -1,4 +1,4 @@
-"""The authors' released code: its published numbers, its checkpoints, and a clone of it run beside ours."""
+"""The authors' released code: its published results, its checkpoint format, and functions that run a local clone."""
 
 from irra_core.settings import lazily
 

@@ -24,7 +24,7 @@ RELEASED_NAMES = {
     "interaction.ln_post.": "ln_post.",
 }
 _INTERACTION = ("cross_attn.", "cross_modal_transformer.", "ln_pre_t.", "ln_pre_i.", "ln_post.", "mlm_head.")
-# The tensors from which the model's sizes are read, and what each of their axes is; the first that has a size gives it.
+# The tensors from which the model's sizes are read, and the name of each axis; the first tensor with a size defines it.
 _SIZES = {
     "base_model.text_projection": ("text width", "feature width"),
     "base_model.token_embedding.weight": ("vocabulary", "text width"),
@@ -33,7 +33,7 @@ _SIZES = {
     "classifier.weight": ("number of identities", "feature width"),
     "classifier.bias": ("number of identities",),
 }
-_HEAD_WIDTH = 64  # of every attention in CLIP and in the released code
+_HEAD_WIDTH = 64  # of every attention head in CLIP and in the released code
 
 
 def load_official(path: str | Path, image_size: Sequence[int] = (384, 128), stride: int = 16) -> IRRA:
@@ -42,8 +42,8 @@ def load_official(path: str | Path, image_size: Sequence[int] = (384, 128), stri
     Widths, depths, heads (width / 64), patch, vocabulary and number of identities are read from the shapes of a few
     tensors. The image size (height, width) and the stride in pixels are not in the file: they are checked against the
     number of positions. Other entries beside `model` and names that begin with module. are accepted; the classifier, or
-    the interaction encoder with its head, may be absent as a whole. Raises ValueError naming each tensor that is
-    missing, left over or misshapen, and for a size that does not fit, those that do.
+    the interaction encoder with its head, may be absent as a whole. Raises ValueError that names each tensor that is
+    missing, left over or of the wrong shape; for an image size that does not fit, it lists sizes that fit.
     """
     tensors = _released_tensors(path)
     sizes = _sizes(tensors, path)
@@ -69,8 +69,8 @@ def load_official(path: str | Path, image_size: Sequence[int] = (384, 128), stri
 def save_official(model: IRRA, path: str | Path) -> None:
     """Write a file that the released code loads: {"model": state dict} under its names, in the model's precision.
 
-    The released code lets words attend to padding, whatever this model does. Raises ValueError for a model that the
-    released code cannot hold: another interaction encoder, activation or width of heads.
+    The released code always lets words attend to padding, even if this model does not. Raises ValueError for a model
+    that the released code cannot represent: another interaction encoder, activation or width of heads.
     """
     blocks = [*model.clip.visual.transformer.resblocks, *model.clip.transformer.resblocks]
     if not isinstance(model.interaction, CrossEncoder | None):
@@ -105,12 +105,12 @@ def _released_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def _sizes(tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, int]:
-    """The model's sizes as the tensors of `_SIZES` have them, by their names there.
+    """The model's sizes by name, read from the tensors of `_SIZES`.
 
-    Raises ValueError where one of these tensors is missing or empty, or has a width that no model has. Contradictions
-    are not looked for: the comparison with the model of these sizes names each tensor that does not fit it.
+    Raises ValueError if one of these tensors is missing or empty, or has an impossible width. Contradictions are not
+    checked here: loading the tensors into a model of these sizes reports each tensor that does not fit.
     """
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for name, axes in _SIZES.items():
         if name not in tensors and name.startswith("classifier."):
             continue
@@ -118,24 +118,24 @@ def _sizes(tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, int]:
             raise ValueError(f"{path}: {name} is missing")
         shape = tuple(tensors[name].shape)
         if len(shape) != len(axes):
-            raise ValueError(f"{path}: {name} is {shape}: wanted are {len(axes)} axes, {' × '.join(axes)}")
+            raise ValueError(f"{path}: {name} is {shape}: expected are {len(axes)} axes, {' × '.join(axes)}")
         for what, size in zip(axes, shape):
-            least = 2 if what == "image positions" else 1  # the class token's, and a patch's
+            least = 2 if what == "image positions" else 1  # class token and one patch
             if size < least:
                 raise ValueError(f"{path}: {what} {size} by {name}: accepted is {least} or more. Copy the file again")
             if what.endswith("width") and size % _HEAD_WIDTH:
-                raise ValueError(f"{path}: {what} {size} by {name} {shape} is no multiple of {_HEAD_WIDTH}, a head's")
-            found.setdefault(what, size)
-    return found
+                raise ValueError(f"{path}: {what} {size} by {name} {shape} is no multiple of {_HEAD_WIDTH}")
+            sizes.setdefault(what, size)
+    return sizes
 
 
 def _depth(tensors: Mapping[str, Tensor], tower: str, path: str | Path) -> int:
-    """Number of transformer blocks under a prefix, at least 1 so that a missing block is named.
+    """Number of transformer blocks under a prefix; at least 1, so that a missing block is reported by name.
 
-    Raises ValueError for a block number that is not below the number of tensors in the file: a model of that depth
-    would be built in vain, and would take memory.
+    Raises ValueError for a block number that is not below the number of tensors in the file, before a model of that
+    depth is built and takes memory.
     """
-    pattern = re.compile(re.escape(tower) + r"transformer\.resblocks\.(\d{1,18})\.")  # more digits: left over
+    pattern = re.compile(re.escape(tower) + r"transformer\.resblocks\.(\d{1,18})\.")  # longer numbers: left over
     numbers = {int(match[1]): name for name in tensors if (match := pattern.match(name))}
     last = max(numbers, default=0)
     if last >= len(tensors):
@@ -147,7 +147,7 @@ def _depth(tensors: Mapping[str, Tensor], tower: str, path: str | Path) -> int:
 
 
 def _check_positions(positions: int, image_size: tuple[int, int], patch: int, stride: int, path: str | Path) -> None:
-    """Raise ValueError with the sizes that fit unless the image has as many patches as the file has positions."""
+    """Raise ValueError, listing sizes that fit, unless the image has as many patches as the file has positions."""
     if stride < 1:
         raise ValueError(f"stride {stride}: accepted is from 1 to the patch size, here {patch} pixels")
     rows, cols = patch_grid(image_size, patch, stride)

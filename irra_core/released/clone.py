@@ -1,6 +1,6 @@
 """A local clone of the released code → its model, step, evaluation and loader, to be timed beside ours on any device.
 
-Nothing of that code is kept here. Calling these functions runs the clone: give only one that you trust.
+This library contains none of that code. These functions run the clone's code: give only a clone that you trust.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ from irra_core.settings import cores
 from irra_core.text import CONTEXT, VOCABULARY
 
 MODULES = ("model.build", "solver.build", "utils.metrics", "datasets.bases", "datasets.build")
-PACKAGES = ("model", "solver", "utils", "datasets", "processor")  # top-level names that the clone takes
-WORKERS = 8  # released options.py: processes of its loader, at most as many as there are cores here
+PACKAGES = ("model", "solver", "utils", "datasets", "processor")  # the clone's top-level packages
+WORKERS = 8  # released options.py: processes of its loader; _loader starts at most one per core
 TEST_BATCH = 512  # released options.py
 
 
@@ -48,44 +48,47 @@ class Code(NamedTuple):
 
 
 class _Table:
-    """Stands in for prettytable's class: the released code writes its log with it, which nobody reads here."""
+    """Replaces prettytable's class, which the released code uses only for its log; the log is discarded."""
 
     def __init__(self, *columns: object):
         self.custom_format: dict[str, Callable] = {}
 
     def add_row(self, row: object) -> None:
-        """Nothing is kept."""
+        """Does nothing."""
 
 
 STAND_INS = {"prettytable": {"PrettyTable": _Table}, "easydict": {"EasyDict": dict}, "yaml": {}}
 
 
 def load_code(folder: str | Path) -> Code:
-    """The released code in a local clone, imported; `sys.path` and `sys.modules` are left as they were.
+    """The imported modules of a local clone of the released code; `sys.path` and `sys.modules` are restored.
 
     Packages that only its logs and settings need (prettytable, easydict, yaml) may be absent. Raises FileNotFoundError
-    for a folder that is no clone, ImportError for a package that its computation needs.
+    for a folder that is no clone, ImportError if another package is missing.
     """
     folder = Path(folder).expanduser().resolve()
     missing = [name for name in MODULES if not (folder / f"{name.replace('.', '/')}.py").is_file()]
     if missing:
         raise FileNotFoundError(
-            f"official {str(folder)!r} is no clone of the released code: {missing[0].replace('.', '/')}.py is not "
-            "there. Clone that code and give its folder, or leave the parameter out"
+            f"official {str(folder)!r} is no clone of the released code: {missing[0].replace('.', '/')}.py is "
+            "missing. Clone that code and give its folder, or omit the parameter"
         )
     with _import_from(folder):
         try:
             return Code(*(importlib.import_module(name) for name in MODULES))
         except ImportError as error:
             raise ImportError(
-                f"the released code in {folder} cannot be imported ({error}): install what it asks for, or leave the "
-                "parameter official out"
+                f"the released code in {folder} cannot be imported ({error}): install the missing package, or omit the "
+                "parameter official"
             ) from error
 
 
 @contextlib.contextmanager
 def _import_from(folder: Path) -> Iterator[None]:
-    """Imports within find the clone first, and stand-ins for what only its logs need; nothing of it stays behind."""
+    """Context manager in which imports find the clone first, and stand-ins for packages that only its logs need.
+
+    `sys.path` and `sys.modules` are restored at the end.
+    """
     aside = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in PACKAGES}
     stood_in = []
     for name, content in STAND_INS.items():
@@ -106,7 +109,7 @@ def _import_from(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_single_precision() -> Iterator[None]:
-    """Within, `.half()` of a tensor keeps single precision: what the released code needs where there is no GPU."""
+    """Context manager in which a tensor's `.half()` returns single precision, which the released code needs on CPUs."""
     half = torch.Tensor.half
     torch.Tensor.half = torch.Tensor.float
     try:
@@ -121,7 +124,7 @@ def as_released(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def build(code: Code, model: IRRA, recipe: Recipe, device: torch.device) -> nn.Module:
-    """The released model with the shapes and weights of ours, which has its interaction encoder, on the device."""
+    """The released model with the shapes and weights of `model`, which has the cross encoder, on the device."""
     state = {released_name(name): value.detach().cpu() for name, value in learned(model.state_dict()).items()}
     clip = {name.removeprefix("base_model."): v for name, v in state.items() if name.startswith("base_model.")}
     with tempfile.TemporaryDirectory() as folder, _quiet(), as_released(device):
@@ -133,14 +136,14 @@ def build(code: Code, model: IRRA, recipe: Recipe, device: torch.device) -> nn.M
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Within, what the released code prints, and what it is warned of, is not shown."""
+    """Context manager that hides what the released code prints, and its warnings."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def _options(recipe: Recipe, weights: str) -> Namespace:
-    """What the released command line would say for this recipe."""
+    """The recipe as options of the released command line."""
     return Namespace(
         pretrain_choice=weights,
         img_size=(recipe.image_height, recipe.image_width),
@@ -163,13 +166,13 @@ def _options(recipe: Recipe, weights: str) -> Namespace:
 
 
 def build_optimiser(code: Code, model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The released Adam over its one group a parameter."""
+    """The released Adam optimiser, which has one group per parameter."""
     with _quiet():
         return code.solver.build_optimizer(_options(recipe, ""), model)
 
 
 def batch_of(batch: Batch) -> dict[str, Tensor]:
-    """Our batch as the released loader hands it over: every caption padded to 77 tokens."""
+    """Our batch in the format of the released loader: every caption padded to 77 tokens."""
     padded = {
         name: F.pad(tokens, (0, CONTEXT - tokens.shape[1]))
         for name, tokens in (
@@ -203,14 +206,14 @@ def rank(
     query_pids: Int[Tensor, " queries"],
     gallery_pids: Int[Tensor, " gallery"],
 ) -> dict[str, float]:
-    """What the released rank() makes of a similarity: R1, R5, R10, mAP and mINP in per cent."""
+    """The metrics that the released rank() computes from a similarity: R1, R5, R10, mAP and mINP in per cent."""
     hits, precision, inverse, _ = code.metrics.rank(similarity, query_pids, gallery_pids, max_rank=10, get_mAP=True)
-    found = {"R1": hits[0], "R5": hits[4], "R10": hits[9], "mAP": precision, "mINP": inverse}
-    return {name: float(value) for name, value in found.items()}
+    metrics = {"R1": hits[0], "R5": hits[4], "R10": hits[9], "mAP": precision, "mINP": inverse}
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def evaluate(code: Code, model: nn.Module, annotations: DataFrame, recipe: Recipe) -> float:
-    """R@1 in per cent of the test split as the released code evaluates it: decoded, encoded at 77 tokens, ranked."""
+    """R@1 in per cent of the test split by the released evaluation: decoding, encoding at 77 tokens, ranking."""
     queries = annotations[annotations.split == "test"]
     photos = queries.drop_duplicates("image_id")
     size = (recipe.image_height, recipe.image_width)
@@ -233,6 +236,6 @@ def train_loader(code: Code, annotations: DataFrame, recipe: Recipe) -> DataLoad
 
 
 def _loader(dataset, **given) -> DataLoader:
-    """A loader with the released number of workers, or as many as there are cores; forked, as on Linux in its day."""
+    """A loader with the released number of workers, at most one per core; forked, Linux's default at its release."""
     workers = min(WORKERS, cores())
     return DataLoader(dataset, num_workers=workers, multiprocessing_context="fork", **given)

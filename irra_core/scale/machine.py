@@ -39,7 +39,7 @@ def machine() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The processor's model name where the system tells it."""
+    """The processor's model name, or the platform's general name if the system does not give it."""
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
     return found.group(1).strip() if found else platform.processor()

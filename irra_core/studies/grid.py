@@ -27,8 +27,8 @@ from irra_core.studies.tables import seconds_per_step
 from irra_core.synthetic.pretraining import pretrained_general
 
 ROUGH_STEP_SECONDS = {"small": {True: 0.25, False: 0.1}}  # with and without MLM; measured on two cores of a server CPU
-ROUGH_RUN_SECONDS = 25.0  # of a run outside its steps on two cores: kernel, imports, evaluations, pictures
-LOOK_EVERY = 0.5  # seconds between two looks at the running notebooks
+ROUGH_RUN_SECONDS = 25.0  # time of a run besides its steps, on two cores: kernel, imports, evaluations, figures
+LOOK_EVERY = 0.5  # seconds between two checks of the running notebooks
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ STUDIES: dict[str, Study] = {
         | {f"sdm, temperature {t}": {"losses": "sdm", "temperature": t} for t in (0.01, 0.05)},
     ),
     "rq3": Study(
-        "How much hangs on the pretrained encoders?",
+        "How much do the pretrained encoders contribute?",
         "both pretrained",
         {
             "both pretrained": {},
@@ -73,7 +73,7 @@ STUDIES: dict[str, Study] = {
         },
     ),
     "rq4": Study(
-        "Which interaction encoder teaches most, and at what cost?",
+        "Which interaction encoder improves retrieval most, and at what cost?",
         "cross",
         {name: {"losses": "sdm+id+mlm", "interaction": name} for name in ("cross", "co", "merged")}
         | {"none (sdm+id)": {"losses": "sdm+id"}},
@@ -98,8 +98,9 @@ STUDIES: dict[str, Study] = {
 def plan(study: str | Study, dataset: str = "synthetic", seeds: int = 3, **overrides: Any) -> DataFrame:
     """The runs of a study, one row per run: `variant, seed, recipe`.
 
-    Rendered data sets take the preset `study`, others `paper`, unless one is given. IRRA_SMOKE=1 leaves the reference,
-    one other variant and one seed. Raises ValueError for an unknown study, or an override of what it varies.
+    Rendered data sets use the preset `study`, others `paper`, unless a preset is given. With IRRA_SMOKE=1 the plan has
+    only the reference, one other variant and one seed. Raises ValueError for an unknown study, or an override of a
+    field that the study varies.
     """
     if isinstance(study, str):
         if study not in STUDIES:
@@ -139,44 +140,44 @@ class _Job:
 
 
 def _jobs(recipes: Iterable[Recipe], data_root: str | Path | None, progress) -> dict[Recipe, _Job]:
-    """One job per different recipe, with its folder; missing data are rendered and decoded here, once.
+    """One job per distinct recipe, with its folder; renders and decodes missing data, once.
 
     A job whose data cannot be read has the status `failed` and the error.
     """
     tables: dict[tuple, DataFrame] = {}
     digests: dict[tuple, str] = {}
     jobs = {}
-    for made in dict.fromkeys(recipes):
-        job = jobs[made] = _Job(made)
-        data = (made.dataset, made.identities)
-        pixels = (*data, made.image_height, made.image_width)
+    for planned in dict.fromkeys(recipes):
+        job = jobs[planned] = _Job(planned)
+        data = (planned.dataset, planned.identities)
+        pixels = (*data, planned.image_height, planned.image_width)
         try:
             if data not in tables:
-                tables[data] = open_annotations(made, data_root, progress)
+                tables[data] = open_annotations(planned, data_root, progress)
             if pixels not in digests:
-                digests[pixels] = runs.data_digest(tables[data], made, progress)
-            job.steps = _steps(made, tables[data])
-            job.folder = runs.run_folder(made, digests[pixels]).path
+                digests[pixels] = runs.data_digest(tables[data], planned, progress)
+            job.steps = _steps(planned, tables[data])
+            job.folder = runs.run_folder(planned, digests[pixels]).path
         except (OSError, ValueError) as error:
             job.status, job.error = "failed", f"{type(error).__name__}: {error}"
             continue
         if runs.finished(job.folder):
             job.status, job.seconds = "finished", _seconds(job.folder)
-        elif made.precision == "fp16" and not torch.cuda.is_available():
+        elif planned.precision == "fp16" and not torch.cuda.is_available():
             job.error = "fp16 needs a GPU"
     return jobs
 
 
-def _steps(made: Recipe, annotations: DataFrame) -> int:
+def _steps(recipe: Recipe, annotations: DataFrame) -> int:
     """The number of optimiser steps of a run."""
-    table = hold_out(annotations) if made.select_on == "val" else annotations
+    table = hold_out(annotations) if recipe.select_on == "val" else annotations
     captions = int((table.split == "train").sum())
-    steps = made.epochs * -(-captions // made.batch_size)
-    return min(steps, made.max_steps or steps)
+    steps = recipe.epochs * -(-captions // recipe.batch_size)
+    return min(steps, recipe.max_steps or steps)
 
 
 def _seconds(folder: Path) -> float:
-    """The duration of a finished run: that of its notebook if there is one, else of training and evaluations."""
+    """The seconds that a finished run took: its notebook if there is one, else training and evaluations."""
     notebook = folder / "train.ipynb"
     if notebook.exists():
         duration = nbformat.read(notebook, 4).metadata.get("papermill", {}).get("duration")
@@ -189,7 +190,7 @@ def _seconds(folder: Path) -> float:
 def estimate(planned: DataFrame, data_root: str | Path | None = None, workers: int = 1, progress=None) -> str:
     """A sentence: how many runs a plan needs, how many are finished, and about how long the rest takes.
 
-    Seconds per step are those of finished runs with the same network, losses and device; without one, a rough figure.
+    Seconds per step are those of finished runs with the same network, losses and device; without any, a rough figure.
     """
     jobs = _jobs(planned.recipe, data_root, progress)
     left = [job for job in jobs.values() if job.status == "not run" and not job.error]
@@ -204,40 +205,41 @@ def estimate(planned: DataFrame, data_root: str | Path | None = None, workers: i
     measured = _measured_steps()
     each = [(job, *_step_seconds(job.recipe, measured)) for job in left]
     if any(step is None for _, step, _ in each):
-        return f"{said}; {len(left)} are left, with no finished run of their network on this device to judge time by."
+        return f"{said}; {len(left)} are left, of unknown duration: no run of their network on this device is finished."
     total = sum(job.steps * step + ROUGH_RUN_SECONDS for job, step, _ in each) / min(workers, max(_gpus(), 1))
-    basis = "measured" if all(told for *_, told in each) else "rough figures, nothing like some of them has run yet"
+    all_measured = all(is_measured for *_, is_measured in each)
+    basis = "measured" if all_measured else "a rough figure where no similar run is finished"
     range_ = sorted({round(step, 2) for _, step, _ in each})
     steps = f"{range_[0]}" if len(range_) == 1 else f"{range_[0]} to {range_[-1]}"
-    return f"{said}; the other {len(left)} take about {_spoken(total)} ({steps} s a step: {basis})."
+    return f"{said}; the other {len(left)} take about {_spoken(total)} ({steps} s per step: {basis})."
 
 
 def _measured_steps() -> dict[tuple, float]:
     """`_alike` of a recipe → median training seconds per step of the finished runs on this device."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    found: dict[tuple, list[float]] = {}
+    seconds: dict[tuple, list[float]] = {}
     for file in reports_root().glob("**/metrics.json"):
         try:
             run = runs.load_run(file.parent)
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # of another version
+            continue  # a run of another version
         if run["machine"] and run["machine"]["device"] == device and run["history"] is not None:
-            found.setdefault(_alike(run["recipe"]), []).append(seconds_per_step(run))
-    return {key: statistics.median(values) for key, values in found.items()}
+            seconds.setdefault(_alike(run["recipe"]), []).append(seconds_per_step(run))
+    return {key: statistics.median(values) for key, values in seconds.items()}
 
 
-def _alike(made: Recipe) -> tuple:
+def _alike(recipe: Recipe) -> tuple:
     """The fields that a step's duration depends on."""
     names = ("backbone", "image_height", "image_width", "stride", "frozen", "adapter_rank", "losses", "interaction")
     names += ("batch_size", "micro_batch", "precision")
-    return tuple(getattr(made, name) for name in names)
+    return tuple(getattr(recipe, name) for name in names)
 
 
-def _step_seconds(made: Recipe, measured: Mapping[tuple, float]) -> tuple[float | None, bool]:
+def _step_seconds(recipe: Recipe, measured: Mapping[tuple, float]) -> tuple[float | None, bool]:
     """Seconds per step, None if unknown, and whether they were measured."""
-    if (key := _alike(made)) in measured:
+    if (key := _alike(recipe)) in measured:
         return measured[key], True
-    return ROUGH_STEP_SECONDS.get(made.backbone, {}).get("mlm" in made.loss_names), False
+    return ROUGH_STEP_SECONDS.get(recipe.backbone, {}).get("mlm" in recipe.loss_names), False
 
 
 def _spoken(seconds: float) -> str:
@@ -255,11 +257,11 @@ def run_all(
 ) -> DataFrame:
     """Execute the missing runs of a plan; returns the plan with `path, status, seconds, error` of every run.
 
-    Each run is `notebook` (default: notebooks/train.ipynb) under papermill in its own process, `workers` at a time;
-    they share the CPU's threads, and several GPUs are assigned in turn. The executed notebook is kept in the run's
-    folder as train.ipynb. A finished run is not started again, and one recipe in two rows runs once. A failed run is
-    listed with the last line of its error (its notebook is kept as failed.ipynb), and the others continue. What all
-    runs share is made first: rendered data, decoded photos, pretrained weights. An interrupt ends the running
+    Each run executes `notebook` (default: notebooks/train.ipynb) by papermill in its own process, `workers` at a time;
+    they share the CPU's threads, and several GPUs are assigned in turn. The executed notebook is saved in the run's
+    folder as train.ipynb. A finished run is not started again, and a recipe in two rows runs once. A failed run is
+    listed with the last line of its error (its notebook is saved as failed.ipynb), and the others continue. Data that
+    runs share are prepared first: rendered data, decoded photos, pretrained weights. An interrupt ends the running
     notebooks; the next call resumes them. `status` is finished, failed or "not run"; `progress` is a tqdm-like class.
     """
     jobs = _jobs(planned.recipe, data_root, progress)
@@ -283,10 +285,10 @@ def run_all(
     finally:
         _stop([job for job in slots if job is not None])
         bar.close()
-    made = [jobs[each] for each in planned.recipe]
-    paths = [None if job.folder is None else str(job.folder) for job in made]
-    ended = {name: [getattr(job, name) for job in made] for name in ("status", "seconds", "error")}
-    return planned.assign(path=paths, **ended)
+    row_jobs = [jobs[each] for each in planned.recipe]
+    paths = [None if job.folder is None else str(job.folder) for job in row_jobs]
+    columns = {name: [getattr(job, name) for job in row_jobs] for name in ("status", "seconds", "error")}
+    return planned.assign(path=paths, **columns)
 
 
 def _make_weights(waiting: list[_Job], progress) -> None:
@@ -335,7 +337,7 @@ def _gpus() -> int:
 
 
 def _end(job: _Job) -> None:
-    """Record how a run ended, and keep its executed notebook."""
+    """Record the status, duration and error of an ended run, and save its executed notebook."""
     job.log.seek(0)
     lines = [line.strip() for line in job.log.read().decode(errors="replace").splitlines() if line.strip()]
     job.log.close()
@@ -366,7 +368,7 @@ def _stop(running: list[_Job]) -> None:
 
 
 class _Bar:
-    """One bar over the steps of all runs; it moves when a run has evaluated, and says how many runs are done."""
+    """One progress bar over the steps of all runs; it advances after evaluations, and shows how many runs ended."""
 
     def __init__(self, jobs: Iterable[_Job], progress):
         self.jobs = list(jobs)
@@ -374,7 +376,7 @@ class _Bar:
         self.bar = progress(total=self.total(), initial=self.done(), unit="step", desc="runs") if progress else None
 
     def total(self) -> int:
-        """The steps of all runs but the failed ones."""
+        """The steps of all runs without an error."""
         return sum(job.steps for job in self.jobs if not job.error)
 
     def done(self) -> int:

@@ -80,10 +80,11 @@ def tal_loss(
     """Triplet alignment: a triplet loss against the soft maximum of all negatives, summed over the batch, in cosines.
 
     With s = cosine, P_i the texts of the person pids[i], N_i all others, and α = softmax of s_ij / tau over j in P_i,
-    through which no gradient flows:
+    detached from the gradient:
         loss = Σ_i [margin − Σ_{j∈P_i} α_ij s_ij + tau · log Σ_{j∈N_i} exp(s_ij / tau)]₊ + the same for sᵀ
-    A batch of one person has no negatives and costs 0. The sum, margin and tau are those of the authors' code; the sum
-    gives its gradient about the size of sdm_loss's. Source: RDE (Qin et al., CVPR 2024), "Triplet Alignment Loss".
+    A batch of one person has no negatives and loss 0. The sum, margin and tau are those of the authors' code; with the
+    sum, the gradient is about as large as that of sdm_loss. Source: RDE (Qin et al., CVPR 2024), "Triplet Alignment
+    Loss".
     """
     scores = cosines(image, text)
     same = pids[:, None] == pids

@@ -194,7 +194,7 @@ def readable(table: DataFrame) -> DataFrame:
         own = table.variant == table.reference
         text[f"{score} against {table.reference.iloc[0]}"] = np.where(own & (table.seeds > 0), "reference", cells)
     text["parameters (M)"] = [_number(value / 1e6, "{:.2f}") for value in table.parameters]
-    text["s a step"] = [_number(value, "{:.3f}") for value in table.step_seconds]
+    text["s per step"] = [_number(value, "{:.3f}") for value in table.step_seconds]
     if "inference_ms" in table:
         text["inference (ms a pair)"] = [_number(value, "{:.2f}") for value in table.inference_ms]
     short = [status.split(":")[0] for status in table.status]  # the reasons are in the table of runs

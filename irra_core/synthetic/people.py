@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from pandas import DataFrame
 
-from irra_core.settings import cores, unknown
+from irra_core.settings import cores, progress_bar, unknown
 from irra_core.synthetic.captions import Person, caption_of, hidden_in, weighted
 from irra_core.synthetic.pedestrian import COLOURS, HAIR_COLOURS, SKINS
 from irra_core.synthetic.scenery import photograph
@@ -345,13 +345,12 @@ def _render(jobs: Sequence[tuple], progress: Any) -> list[dict[str, Any]]:
     """Draw photos, on all cores if they are many; returns the content of each photo, in the order of the jobs."""
     processes = cores()
     pieces = [jobs[i : i + 16] for i in range(0, len(jobs), 16)]
-    bar = progress(total=len(jobs), desc="rendering people", unit="image") if progress else contextlib.nullcontext()
-    with bar as shown:
+    with progress_bar(progress, total=len(jobs), desc="rendering people", unit="image") as bar:
         if processes == 1 or len(jobs) < ALONE:
             done = []
             for piece in pieces:
                 done.append(_photos(piece))
-                shown and shown.update(len(piece))
+                bar.update(len(piece))
             return [content for piece in done for content in piece]
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(processes, mp_context=context) as pool:
@@ -359,7 +358,7 @@ def _render(jobs: Sequence[tuple], progress: Any) -> list[dict[str, Any]]:
                 futures = {pool.submit(_photos, piece): i for i, piece in enumerate(pieces)}
             for future in as_completed(futures):
                 pieces[futures[future]] = future.result()
-                shown and shown.update(len(pieces[futures[future]]))
+                bar.update(len(pieces[futures[future]]))
     return [content for piece in pieces for content in piece]
 
 

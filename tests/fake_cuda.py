@@ -128,12 +128,32 @@ def _made_up(op, tensor: torch.Tensor, dtype: torch.dtype | None):
     return True if op is aten.equal else torch.zeros((), dtype=tensor.dtype).item()
 
 
+class _Nobody(backend_registration._DummyBackendModule):
+    """The module of torch's free device name, under which autograd's engine runs: a registration is for ever.
+
+    Outside `fake_cuda` it has no device, so that nothing else in this process meets it.
+    """
+
+    within = False
+
+    def is_available(self) -> bool:
+        return self.within
+
+    def device_count(self) -> int:
+        return int(self.within)
+
+
+class _NobodysHook(backend_registration._DummyPrivateUse1Hook):
+    def is_available(self) -> bool:
+        return _Nobody.within
+
+
 @contextlib.contextmanager
 def fake_cuda(bf16: bool = True, free: int = 2**36) -> Iterator[FakeCuda]:
     """Within, one CUDA device with or without bf16 instructions and with `free` bytes of memory."""
     torch._C._ensureCUDADeviceGuardSet()
     if torch._C._get_privateuse1_backend_name() != "nobody":  # so that the engine does not look for CUDA's streams
-        backend_registration._setup_privateuseone_for_python_backend("nobody")
+        backend_registration._setup_privateuseone_for_python_backend("nobody", _Nobody(), _NobodysHook())
     answers = {
         "_lazy_init": None,
         "is_available": True,
@@ -149,6 +169,7 @@ def fake_cuda(bf16: bool = True, free: int = 2**36) -> Iterator[FakeCuda]:
     }
     gpu = FakeCuda()
     with (
+        patch.object(_Nobody, "within", True),
         patch.multiple(torch.cuda, **{name: Mock(return_value=answer) for name, answer in answers.items()}),
         patch("torch.autograd._engine_run_backward", gpu.run_backward),
         patch("torch.backends.cudnn.version", return_value=0),

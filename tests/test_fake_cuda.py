@@ -75,3 +75,12 @@ def test_work_on_the_cpu_is_real_and_not_recorded():
         product = torch.full((2, 3), 2.0) @ torch.full((3, 2), 4.0)
     assert product.tolist() == [[24.0, 24.0], [24.0, 24.0]]
     assert not gpu.operations
+
+
+def test_nothing_of_it_is_left_behind():
+    with fake_cuda():
+        torch.zeros(1, device="cuda")
+    assert not torch.cuda.is_available()
+    assert torch.accelerator.current_accelerator() is None or not torch.accelerator.is_available()
+    with torch.random.fork_rng():
+        assert torch.rand(2, 2).sum() > 0

@@ -108,10 +108,8 @@ class Objective:
 
     def __call__(self, batch: Batch) -> Float[Tensor, " losses"]:
         """The loss parts, in the recipe's order, without a graph."""
-        size, pairs = (
-            self.recipe.micro_batch,
-            -(-len(batch.all_pids) // self.team.processes),
-        )  # the same in each process
+        size = self.recipe.micro_batch
+        pairs = -(-len(batch.all_pids) // self.team.processes)  # rounded up: the same in each process
         if size is not None and pairs > size:
             from irra_core.scale.gradients import in_pieces
 

@@ -11,30 +11,12 @@ import pytest
 import torch
 from pandas import DataFrame
 from safetensors.torch import save_file
+from test_metrics import slow_interval_of_runs
 
 import irra_core as irra
 from irra_core import runs
 from irra_core.studies import comparison
 from irra_core.studies.comparison import compare, verdict
-
-
-def slow_interval(values, pids, draws, seed=0):
-    """The percentile interval one draw, one seed, one person, one query at a time."""
-    people = sorted(set(pids))
-    generator = np.random.default_rng(seed)
-    drawn_people = generator.integers(len(people), size=(draws, len(people)), dtype=np.int32)
-    drawn_seeds = generator.integers(len(values), size=(draws, len(values)), dtype=np.int32)
-    means = []
-    for draw in range(draws):
-        picked = [
-            values[row][query]
-            for row in drawn_seeds[draw]
-            for place in drawn_people[draw]
-            for query in range(len(pids))
-            if pids[query] == people[place]
-        ]
-        means.append(sum(picked) / len(picked))
-    return np.quantile(means, 0.025), np.quantile(means, 0.975)
 
 
 def fake_run(folder: Path, hits, pids, hard, steps=10, training=5.0) -> str:
@@ -83,7 +65,7 @@ def test_the_table_is_that_of_plain_loops(finished, hard):
     assert np.isnan(table.R1_sd["late"])
     difference = [[100.0 * (HITS["itc"][s][i] - HITS["sdm"][s][i]) for i in kept] for s in range(2)]
     assert table.R1_gain["itc"] == pytest.approx(np.mean(difference))
-    low, high = slow_interval(difference, [PIDS[i] for i in kept], 2000)
+    low, high = slow_interval_of_runs(difference, [PIDS[i] for i in kept], 2000)
     assert (table.R1_gain_low["itc"], table.R1_gain_high["itc"]) == pytest.approx((low, high))
     assert table.mAP_gain["itc"] == pytest.approx(np.mean(difference) / 2)
     assert table.R1_gain["late"] == pytest.approx(means["late"][0] - means["sdm"][1])  # the seed that both have

@@ -24,7 +24,7 @@ USED_BY = {  # fields that only some losses read; changing one without its losse
 # Fields added after the first runs, at the values that change nothing: runs and weights made before stay valid.
 NEUTRAL = {"frozen": "none", "adapter_rank": 0, "micro_batch": None, "unreadable": "leave_out"}
 PLAIN = {"pretrained": "none", "pretrained_towers": "both"} | NEUTRAL  # random weights, all of them trained
-OPENAI = tuple(f"ViT-{size}-quickgelu" for size in ("B-16", "B-32", "L-14", "L-14-336"))  # backbones with that tag
+LEAST_HALF_EPS = 1e-4  # for fp16, whose second moments of small gradients are 0: steps grow with 1 / adam_eps
 BOUNDS = {  # how a field's numbers can be bounded: the comparison and its words
     "least": (operator.ge, "at least"),
     "above": (operator.gt, "above"),
@@ -139,6 +139,7 @@ class Recipe:
         check_patches((self.image_height, self.image_width), patch_size(self.backbone), self.stride)
         _check_losses(self)
         _check_trained(self)
+        _check_precision(self)
 
     @property
     def loss_names(self) -> tuple[str, ...]:
@@ -291,24 +292,9 @@ def _check_backbone(recipe: Recipe) -> None:
         if recipe.pretrained not in ("general", "none") and not Path(recipe.pretrained).suffix:
             raise unknown("pretrained", recipe.pretrained, ("general", "none", "the path of a weights file"))
         return
-    from irra_core.hub.configurations import backbones, open_clip_models, unsuited
+    from irra_core.hub.configurations import check_open_clip
 
-    models = open_clip_models()
-    if recipe.backbone not in models:
-        raise unknown("backbone", recipe.backbone, backbones())
-    if reason := unsuited(models[recipe.backbone]):
-        accepted = ", ".join(backbones())
-        raise ValueError(f"backbone {recipe.backbone!r} is not supported: {reason}; accepted are {accepted}")
-    if recipe.pretrained == "general":
-        raise ValueError(
-            "pretrained 'general' is the small CLIP's: give an open_clip tag (openai), a file or none "
-            f"to backbone {recipe.backbone!r}"
-        )
-    if recipe.pretrained == "openai" and recipe.backbone not in OPENAI:
-        raise ValueError(
-            f"pretrained 'openai' does not fit backbone {recipe.backbone!r}: OpenAI's weights are those of "
-            f"{', '.join(OPENAI)}. Take one of these, or give another of open_clip's tags, a file or none"
-        )
+    check_open_clip(recipe.backbone, recipe.pretrained)
 
 
 def check_patches(image_size: tuple[int, int], patch: int, stride: int) -> None:
@@ -333,6 +319,16 @@ def _check_trained(recipe: Recipe) -> None:
         raise ValueError(
             f"frozen 'both' leaves losses {recipe.losses!r} nothing to train: freeze one encoder (image or text) or "
             "none, or add id or mlm, which have weights of their own"
+        )
+
+
+def _check_precision(recipe: Recipe) -> None:
+    """Refuse half precision where its rounding would enlarge Adam's steps."""
+    if recipe.precision == "fp16" and recipe.adam_eps < LEAST_HALF_EPS:
+        raise ValueError(
+            f"precision 'fp16' with adam_eps {recipe.adam_eps:g}: squares of small gradients round to 0 in half "
+            f"precision, so Adam's steps become many times too large. Accepted is adam_eps of at least "
+            f"{LEAST_HALF_EPS:g}, such as that of preset 'released', or precision 'bf16'"
         )
 
 

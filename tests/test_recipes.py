@@ -7,10 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import irra_core as irra
-from irra_core.hub.configurations import backbones
-from irra_core.recipes import LOSS_NAMES, NEUTRAL, OPENAI, PRESETS, RECIPES, Recipe, read_recipe
+from irra_core.hub.configurations import OPENAI, backbones
+from irra_core.recipes import LOSS_NAMES, NEUTRAL, PRESETS, RECIPES, Recipe, read_recipe
 
 
 def test_the_cuhk_recipe_carries_the_papers_numbers():
@@ -36,8 +37,8 @@ def test_the_study_preset_shortens_a_run_from_pretrained_weights_and_one_from_sc
 
 
 def test_an_override_beats_preset_backbone_and_data_set():
-    made = irra.recipe("rstp", backbone="small", preset="released", adam_eps=1e-6, lr=3e-3)
-    assert (made.adam_eps, made.lr, made.image_height, made.pretrained) == (1e-6, 3e-3, 96, "general")
+    made = irra.recipe("rstp", backbone="small", preset="released", adam_eps=1e-4, lr=3e-3)
+    assert (made.adam_eps, made.lr, made.image_height, made.pretrained) == (1e-4, 3e-3, 96, "general")
     sources = made.sources()
     assert (sources["lr"], sources["image_height"], sources["select_on"]) == ("given", "small CLIP", "preset released")
 
@@ -140,6 +141,16 @@ def test_a_recipe_survives_json():
         ({"pretrained": "openai"}, ValueError, ["'openai'", "general", "none"]),
         ({"interaction": "crss"}, ValueError, ["did you mean 'cross'?"]),
         ({"select_on": "tset"}, ValueError, ["did you mean 'test'?"]),
+        (
+            {"precision": "fp16"},
+            ValueError,
+            ["precision 'fp16' with adam_eps 1e-08", "at least 0.0001", "preset 'released'", "precision 'bf16'"],
+        ),
+        (
+            {"preset": "released", "adam_eps": 9e-5},
+            ValueError,
+            ["precision 'fp16' with adam_eps 9e-05", "at least 0.0001"],
+        ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -148,6 +159,37 @@ def test_a_mistake_is_named_with_what_is_accepted(overrides, error, words):
         irra.recipe(**overrides)
     for word in words:
         assert word in str(raised.value)
+
+
+def test_half_precision_is_accepted_with_a_larger_epsilon_and_every_other_precision_with_any():
+    assert irra.recipe(precision="fp16", adam_eps=1e-4).adam_eps == 1e-4
+    assert irra.recipe("cuhk", preset="released").precision == "fp16"
+    assert {irra.recipe(precision=name).adam_eps for name in ("auto", "fp32", "bf16")} == {1e-8}
+
+
+def largest_excess(adam_eps: float) -> float:
+    """How many times larger an Adam step of half weights becomes than that of float32 weights.
+
+    The gradient is 1e-3 in each of 2,000 steps: its square enters Adam's second moment as 1e-9, less than half of the
+    smallest number of float16, so that this moment stays 0.
+    """
+    steps = {}
+    for dtype in (torch.float16, torch.float32):
+        weight = torch.nn.Parameter(torch.zeros(1, dtype=dtype))
+        adam = torch.optim.Adam([weight], lr=1e-3, eps=adam_eps, fused=True)
+        steps[dtype] = []
+        for _ in range(2000):
+            weight.data.zero_()
+            weight.grad = torch.full_like(weight, 1e-3)
+            adam.step()
+            steps[dtype].append(weight.item())
+        assert (adam.state[weight]["exp_avg_sq"].item() == 0) == (dtype == torch.float16)
+    return max(half / single for half, single in zip(*steps.values(), strict=True))
+
+
+def test_the_released_epsilon_bounds_the_steps_that_half_precision_makes_29_times_too_large():
+    assert largest_excess(Recipe.adam_eps) == pytest.approx(29.3, rel=0.01)
+    assert largest_excess(PRESETS["released"]["adam_eps"]) < 2
 
 
 @pytest.mark.parametrize(("name", "sign", "least"), [("weight_decay", 1, "0.0"), ("batch_size", -1, "2")])

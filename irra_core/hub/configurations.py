@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from irra_core.settings import unknown
+
+OPENAI = tuple(f"ViT-{size}-quickgelu" for size in ("B-16", "B-32", "L-14", "L-14-336"))  # backbones with that tag
 # The options of open_clip's two encoders that the forward pass follows; it would silently ignore any other.
 FOLLOWED = {"layers", "width", "mlp_ratio", "ls_init_value", "act_kwargs", "norm_kwargs"}
 FOLLOWED_VISION = FOLLOWED | {"image_size", "patch_size", "head_width"}
@@ -16,6 +19,26 @@ FOLLOWED_TEXT = FOLLOWED | {"context_length", "vocab_size", "heads"}
 def backbones() -> list[str]:
     """`small` and every open_clip model that IRRA can use; read from its files, so that torch is not imported."""
     return ["small", *sorted(name for name, config in open_clip_models().items() if not unsuited(config))]
+
+
+def check_open_clip(backbone: str, pretrained: str) -> None:
+    """Raise ValueError for an open_clip model that is unknown or unsuited, and for weights that it cannot have."""
+    models = open_clip_models()
+    if backbone not in models:
+        raise unknown("backbone", backbone, backbones())
+    if reason := unsuited(models[backbone]):
+        accepted = ", ".join(backbones())
+        raise ValueError(f"backbone {backbone!r} is not supported: {reason}; accepted are {accepted}")
+    if pretrained == "general":
+        raise ValueError(
+            "pretrained 'general' is the small CLIP's: give an open_clip tag (openai), a file or none "
+            f"to backbone {backbone!r}"
+        )
+    if pretrained == "openai" and backbone not in OPENAI:
+        raise ValueError(
+            f"pretrained 'openai' does not fit backbone {backbone!r}: OpenAI's weights are those of "
+            f"{', '.join(OPENAI)}. Take one of these, or give another of open_clip's tags, a file or none"
+        )
 
 
 def unsuited(config: Mapping[str, Any]) -> str | None:

@@ -46,6 +46,8 @@ def _losses(*names: str) -> dict[str, dict[str, Any]]:
 
 
 _SWITCHES = {name: value for name, value in PRESETS["released"].items() if name != "cmpm_target"}
+_WITHOUT_HALF = {name: value for name, value in _SWITCHES.items() if name != "precision"}
+_EPS = {"adam_eps": _SWITCHES["adam_eps"]}  # half precision needs it
 
 STUDIES: dict[str, Study] = {
     "rq1": Study(
@@ -82,8 +84,9 @@ STUDIES: dict[str, Study] = {
         "What does each departure of the released code change?",
         "paper",
         {"paper": {}}
-        | {f"{name} {value}": {name: value} for name, value in _SWITCHES.items()}
-        | {"all but fp16": {name: value for name, value in _SWITCHES.items() if name != "precision"}}
+        | {f"{name} {value}": {name: value} for name, value in _WITHOUT_HALF.items()}
+        | {f"adam_eps {_EPS['adam_eps']}, precision fp16": _EPS | {"precision": "fp16"}}
+        | {"all but fp16": _WITHOUT_HALF}
         | {"all": _SWITCHES}
         | {f"cmpm, target by {target}": {"losses": "cmpm", "cmpm_target": target} for target in ("sum", "l2")},
     ),

@@ -50,6 +50,9 @@ def test_each_departure_of_the_released_code_is_one_switch_on_the_papers_recipe(
         }
         if len(changed) == 1:
             seen |= changed
+    half = table["adam_eps 0.001, precision fp16"]  # which is compared with adam_eps alone: it is refused without
+    assert half == table["adam_eps 0.001"].replace(precision="fp16")
+    seen |= {"precision": half.precision}
     assert seen == PRESETS["released"]
     assert {name: getattr(table["all"], name) for name in seen if name != "cmpm_target"} == {
         name: value for name, value in seen.items() if name != "cmpm_target"
@@ -216,7 +219,7 @@ def alive(pid: int) -> bool:
 
 def test_half_precision_is_not_run_without_a_gpu(grid, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    found = run_all(grid[:1].assign(recipe=[grid.recipe[0].replace(precision="fp16")]))
+    found = run_all(grid[:1].assign(recipe=[grid.recipe[0].replace(precision="fp16", adam_eps=1e-3)]))
     assert (found.status[0], found.error[0]) == ("not run", "fp16 needs a GPU")
 
 

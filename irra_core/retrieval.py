@@ -59,20 +59,17 @@ class Gallery:
         folder, url or recipe belong to another model.
         """
         from irra_core.search.photo_table import nothing_to_read, photo_table
-        from irra_core.search.stores import open_store
+        from irra_core.search.stores import opened_store
 
         _check_recipe(model, recipe)
         team = member(process, processes)
-        gallery = cls(model, open_store(model, index, url, folder, team), recipe.precision if recipe else "auto")
-        photos, misnamed = photo_table(images)
-        photos, misnamed = photos[team.part(len(photos))].reset_index(drop=True), misnamed[team.part(len(misnamed))]
-        gallery._add(photos, misnamed, progress, folder, team)
-        if not len(gallery) and (len(photos) or team == ALONE):
-            raise nothing_to_read(images, gallery.unreadable)
-        if folder and team == ALONE:
-            from irra_core.search.folder import complete_folder
-
-            complete_folder(Path(folder), model, gallery._store)
+        with opened_store(model, index, url, folder, team) as store:
+            gallery = cls(model, store, recipe.precision if recipe else "auto")
+            photos, misnamed = photo_table(images)
+            photos, misnamed = photos[team.part(len(photos))].reset_index(drop=True), misnamed[team.part(len(misnamed))]
+            gallery._add(photos, misnamed, progress, folder, team)
+            if not len(gallery) and (len(photos) or team == ALONE):
+                raise nothing_to_read(images, gallery.unreadable)
         return gallery
 
     @property

@@ -6,10 +6,14 @@ bytes offsets[i] to offsets[i + 1]). A part of format 1 has its rows in a Parque
 be read; new parts are always written in format 2. The arrays of a part show its format.
 """
 
+import glob
 import json
 import os
+import platform
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
 from jaxtyping import Float32
 from pandas import DataFrame
 from safetensors import SafetensorError, safe_open
@@ -29,10 +34,63 @@ from irra_core.retrieval import check_unit
 from irra_core.runs import write_text
 from irra_core.search.hnsw import GRAPH
 from irra_core.search.nearest import Memory, Shard
+from irra_core.search.photo_table import photo_id
 from irra_core.search.stores import check_index, feature_width, model_fingerprint
 
 FORMAT = 2  # written; format 1 can still be read
 HEAD = "gallery.json"
+PATIENCE = 20  # seconds that `load_folder` waits while another process replaces the folder
+LARGE_ID = 2**32  # most hashes of paths are larger, most numbers that people give to photos are smaller
+
+
+@contextmanager
+def building(folder: Path, team: Team) -> Iterator[None]:
+    """Within, no other process can build this folder with the same process number, or alone.
+
+    The system frees the lock when the process ends or is killed. Raises RuntimeError naming the process that has it,
+    and OSError, naming the folder, where it cannot be locked.
+    """
+    _check_free(folder)
+    with _build_lock(folder, "alone" if team == ALONE else str(team.process)):
+        numbers = {path.name.split("-")[1] for path in folder.glob(".build-*-lock")} - {"alone"}
+        for number in numbers if team == ALONE else ["alone"]:
+            with _build_lock(folder, number):  # raises if another process has it
+                pass
+        yield
+
+
+@contextmanager
+def _build_lock(folder: Path, number: str) -> Iterator[None]:
+    """Hold the lock of one process number in a gallery's folder."""
+    path = folder / f".build-{number}-lock"
+    lock = FileLock(path, blocking=False, fallback_to_soft=False, on_acquired=_sign)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        holder = ""
+        with suppress(OSError):  # released just now, or on Windows, where a locked file cannot be read
+            holder = path.read_text()
+        what = "" if number == "alone" else f" as process {number}"
+        raise RuntimeError(
+            f"{folder} is being built{what} by {holder or 'another process'}: wait for it, or end it"
+        ) from None
+    except OSError as error:
+        remedy = "grant access there, or build the gallery in a folder on a local disk and copy it"
+        raise OSError(error.errno, f"gallery {folder} cannot be locked ({error.strerror}): {remedy}") from error
+    try:
+        yield
+    finally:
+        with suppress(PermissionError):  # on Windows, where releasing the lock deletes the file
+            path.unlink(missing_ok=True)
+        lock.release()
+
+
+def _sign(descriptor: int) -> None:
+    """Write this process's name into its lock file, for the error message of another process."""
+    with suppress(OSError):  # on a full disk
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
 
 
 def open_or_begin(folder: Path, model, index: str, team: Team) -> Memory:
@@ -49,15 +107,43 @@ def open_or_begin(folder: Path, model, index: str, team: Team) -> Memory:
 
 
 def load_folder(folder: Path, model, index: str | None = None) -> Memory:
-    """A folder's photos, every file checked; `index` replaces the one in the head."""
-    head = _read_head(folder, model)
-    return _filled(folder, head | {"index": check_index(index or head["index"])}, whole=True)
+    """A folder's photos, every file checked; `index` replaces the one in the head.
+
+    Reads again while another process's `save_folder` replaces the folder.
+    """
+    end = time.monotonic() + PATIENCE
+    while True:
+        before = _version(folder)
+        try:
+            head = _read_head(folder, model)
+            store = _filled(folder, head | {"index": check_index(index or head["index"])}, whole=True)
+            if _version(folder) == before:
+                return store
+        except (ValueError, OSError) as error:
+            aside = next(folder.parent.glob(f"{glob.escape(folder.name)}.old-*"), None) if before is None else None
+            if time.monotonic() > end and aside:
+                raise FileNotFoundError(
+                    f"{folder} is not there and {aside} is: a save was ended before the new gallery got its name. "
+                    "Rename the latter to the former"
+                ) from error
+            if time.monotonic() > end or (_version(folder) == before and not aside):
+                raise
+        time.sleep(0.05)
+
+
+def _version(folder: Path) -> tuple[int, ...] | None:
+    """What tells a gallery from the one that replaces it: its head's file and time; None without a head."""
+    try:
+        found = os.stat(folder / HEAD)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 def _filled(folder: Path, head: Mapping[str, Any], whole: bool) -> Memory:
     """The photos of all parts. Raises ValueError for missing parts if `whole`; else the caller encodes those photos."""
     store, graph = Memory(head["dim"], head["index"]), folder / GRAPH
-    parts = [_read_part(path, head["dim"]) for path in sorted(folder.glob("part-*.safetensors"))]
+    parts = _without_repeats([_read_part(path, head["dim"]) for path in sorted(folder.glob("part-*.safetensors"))])
     if (count := sum(len(photos) for photos, _ in parts)) < head["photos"]:
         if whole:
             raise ValueError(
@@ -71,23 +157,55 @@ def _filled(folder: Path, head: Mapping[str, Any], whole: bool) -> Memory:
     return store
 
 
+def _without_repeats(parts: list[Shard]) -> list[Shard]:
+    """The parts without rows that are already in one before: two processes may have encoded the same photo."""
+    if not parts:
+        return parts
+    repeated = pd.concat([photos for photos, _ in parts]).duplicated(["image_id", "path", "pid"]).to_numpy()
+    starts = np.cumsum([0, *(len(photos) for photos, _ in parts)])
+    stays = [~repeated[start:end] for start, end in pairwise(starts)]
+    return [(photos[rows].reset_index(drop=True), features[rows]) for (photos, features), rows in zip(parts, stays)]
+
+
 def save_folder(folder: Path, model, store: Memory) -> None:
     """Write a gallery to a folder, which is renamed into place once complete; it replaces an existing gallery."""
     _check_free(folder)
-    aside, old = (folder.with_name(f"{folder.name}.{word}-{os.getpid()}") for word in ("partial", "old"))
+    with _saving(folder):
+        aside, old = (folder.with_name(f"{folder.name}.{word}-{os.getpid()}") for word in ("partial", "old"))
+        try:
+            begin_folder(aside, model, store.index, len(store))
+            _write_part(aside, store.images, store.features)
+            store.save_graph(aside)
+            if folder.exists():
+                folder.replace(old)
+            aside.replace(folder)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            if old.exists() and not folder.exists():
+                old.replace(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _saving(folder: Path) -> Iterator[None]:
+    """Within, no other process saves to the folder; deletes what an ended process left beside it."""
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), fallback_to_soft=False)
     try:
-        begin_folder(aside, model, store.index, len(store))
-        _write_part(aside, store.images, store.features)
-        store.save_graph(aside)
-        if folder.exists():
-            folder.replace(old)
-        aside.replace(folder)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            old.replace(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError:  # a file system without locks: two savers at once are then not told apart
+        yield
+        return
+    try:
+        for word in ("partial", "old") if (folder / HEAD).is_file() else ("partial",):
+            for left in folder.parent.glob(f"{glob.escape(folder.name)}.{word}-*"):
+                shutil.rmtree(left, ignore_errors=True)
+        yield
+    finally:
+        with suppress(PermissionError):  # on Windows, where releasing the lock deletes the file
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def complete_folder(folder: Path, model, store: Memory) -> None:
@@ -178,6 +296,8 @@ def _read_part(path: Path, dim: int) -> Shard:
         photos, features = (_format_1 if earlier else _rows)(arrays, path), arrays["features"].numpy()
         if features.dtype != np.float32 or features.shape != (len(photos), dim):
             raise ValueError(f"features are {features.dtype} {features.shape}, expected float32 {(len(photos), dim)}")
+    except PermissionError as error:
+        raise PermissionError(error.errno, f"{path} may not be read by this user: grant access to it") from error
     except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is damaged ({error}): delete it, then call Gallery.build(…, folder=) with the same photos, which "
@@ -199,10 +319,15 @@ def _format_1(arrays: Mapping[str, Tensor], path: Path) -> DataFrame:
 
     Raises TypeError for a column of an unexpected dtype, because a conversion could lose information.
     """
+    import pyarrow
     from pyarrow import parquet, types
 
     file = path.with_suffix(".parquet")
-    table = parquet.read_table(file, columns=["image_id", "path", "pid"])
+    try:
+        table = parquet.read_table(file, columns=["image_id", "path", "pid"], page_checksum_verification=True)
+        table.validate(full=True)  # else a path that is not UTF-8 is noticed later, or never
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{file.name}: {error}") from None
     for name, kind in zip(table.column_names, table.schema.types, strict=True):
         if not (types.is_string(kind) or types.is_large_string(kind) if name == "path" else types.is_integer(kind)):
             raise TypeError(f"column {name} of {file.name} is {kind}")
@@ -211,5 +336,14 @@ def _format_1(arrays: Mapping[str, Tensor], path: Path) -> DataFrame:
     ids = arrays["image_id"]
     if ids.dtype != torch.int64 or not np.array_equal(ids.numpy(), photos.image_id) or photos.path.isna().any():
         raise ValueError(f"{file.name} does not belong to this part")
+    _check_hashed_paths(photos, file.name)
     check_unit(arrays["features"].numpy(), list(photos.path), "the part is damaged")
     return photos
+
+
+def _check_hashed_paths(photos: DataFrame, name: str) -> None:
+    """Raise ValueError for a path whose hash is not its image_id, where most image_ids of the part are such hashes."""
+    hashed = photos.path.map(photo_id) == photos.image_id
+    wrong = ~hashed & (photos.image_id >= LARGE_ID)
+    if wrong.any() and hashed.mean() > 0.5:
+        raise ValueError(f"{name}: path {photos.path[wrong].iloc[0]!r} is not the one that its image_id was made of")

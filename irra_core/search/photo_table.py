@@ -26,7 +26,7 @@ def photo_table(images: DataFrame | str | Path) -> tuple[DataFrame, list[tuple[s
         raise ValueError(f"the table has no column 'path', only {', '.join(map(str, images.columns))}")
     images, misnamed = _named(images)
     photos = DataFrame({"path": images.path.map(os.fspath).astype("str")})
-    photos["image_id"] = _whole_numbers(images.image_id) if "image_id" in images else photos.path.map(_photo_id)
+    photos["image_id"] = _whole_numbers(images.image_id) if "image_id" in images else photos.path.map(photo_id)
     if photos.image_id.isna().any():
         raise ValueError(f"{photos.path[photos.image_id.isna()].iloc[0]} has no image_id: give each photo a number")
     photos["pid"] = _whole_numbers(images.pid) if "pid" in images else pd.array([pd.NA] * len(photos), "Int64")
@@ -81,7 +81,7 @@ def _first_unwhole(column: pd.Series) -> Any:
     return next((value for value, is_whole in zip(column, whole, strict=True) if not is_whole), column.iloc[0])
 
 
-def _photo_id(path: str) -> int:
+def photo_id(path: str) -> int:
     """53 bits of the path's hash: equal in every process and on every machine, and exact as a JavaScript number."""
     return int.from_bytes(hashlib.blake2b(os.fsencode(path), digest_size=8).digest(), "big") >> 11
 

@@ -4,21 +4,28 @@ Each engine is imported on first use.
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32
 
-from irra_core.batches import Team
+from irra_core.batches import ALONE, Team
 from irra_core.evaluation import encode_texts
 from irra_core.settings import unknown
 
 INDEXES = ("exact", "hnsw")
 
 
-def open_store(model, index: str, url: str | None, folder: str | Path | None, team: Team):
-    """The existing store with its photos, or a new one. Raises ValueError for arguments that do not fit together."""
-    from irra_core.search.folder import open_or_begin
+@contextmanager
+def opened_store(model, index: str, url: str | None, folder: str | Path | None, team: Team) -> Iterator:
+    """Gives the existing store with its photos, or a new one, to which photos can be added within.
+
+    A folder is locked within, and completed at the end by a build alone. Raises ValueError for arguments that do not
+    fit together, RuntimeError for a folder that another process is building.
+    """
+    from irra_core.search.folder import building, complete_folder, open_or_begin
     from irra_core.search.milvus import Milvus, is_milvus
     from irra_core.search.nearest import Memory
 
@@ -28,8 +35,14 @@ def open_store(model, index: str, url: str | None, folder: str | Path | None, te
     if team.processes > 1 and not (folder or url):
         raise ValueError(f"processes is {team.processes}, but their shares would meet nowhere: give a folder or a url")
     if url:
-        return Milvus(url, feature_width(model), index, model_fingerprint(model))
-    return open_or_begin(Path(folder), model, index, team) if folder else Memory(feature_width(model), index)
+        yield Milvus(url, feature_width(model), index, model_fingerprint(model))
+    elif folder:
+        with building(Path(folder), team):
+            yield (store := open_or_begin(Path(folder), model, index, team))
+            if team == ALONE:
+                complete_folder(Path(folder), model, store)
+    else:
+        yield Memory(feature_width(model), index)
 
 
 def load_store(place: str | Path, model, index: str | None):

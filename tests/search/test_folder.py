@@ -4,7 +4,11 @@ import json
 import multiprocessing
 import os
 import pickle
+import platform
+import random
 import shutil
+import threading
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,11 +23,13 @@ from safetensors.torch import save_file as save_torch
 from test_retrieval import QUERIES, Interrupted, RandomModel, brute_force, model, photos, same_ranking, shard
 
 from irra_core import retrieval
+from irra_core.batches import ALONE, Team
 from irra_core.checkpoints import save_tensors
 from irra_core.retrieval import Gallery
 from irra_core.search import folder as folders
-from irra_core.search.folder import HEAD, _read_part, _write_part, begin_folder
+from irra_core.search.folder import HEAD, _read_part, _write_part, begin_folder, building
 from irra_core.search.hnsw import GRAPH
+from irra_core.search.photo_table import photo_id
 from irra_core.search.stores import model_fingerprint
 
 __all__ = ["model", "photos"]  # fixtures
@@ -161,8 +167,16 @@ def _table(**changes):
 
 
 def _two(folder):
+    """The same part twice, the second time with another path of its first photo."""
     for file in folder.glob("part-00000.*"):
         shutil.copy(file, folder / f"part-00001{file.suffix}")
+    if (table := folder / "part-00001.parquet").exists():
+        rows = pd.read_parquet(table)
+        rows.assign(path=["elsewhere.png", *rows.path[1:]]).to_parquet(table)
+    else:
+        arrays = load_torch(folder / "part-00001.safetensors")
+        arrays["paths"][0] += 1
+        save_tensors(arrays, folder / "part-00001.safetensors")
 
 
 DAMAGES = {
@@ -191,7 +205,7 @@ DAMAGES = {
     "a part less": lambda folder: part(folder).unlink(),
     "a pipe in a part's place": lambda folder: [part(folder).unlink(), os.mkfifo(part(folder))],
     "an unknown index": _head(index="magic"),
-    "the same part twice": _two,
+    "the same photo under two names": _two,
 } | {
     f"one changed bit of {name}": _flip(name)
     for name in ("features", "image_id", "pid", "pid_known", "paths", "offsets")
@@ -219,7 +233,7 @@ DAMAGES_1 = {
     "ids that are times": _table(image_id=pd.to_datetime),
     "people that are no numbers": _table(pid=lambda column: ["x"] * len(column)),
     "fractions of people": _table(pid=lambda column: [1.0] * len(column)),
-    "the same part twice": _two,
+    "the same photo under two names": _two,
 }
 
 
@@ -230,6 +244,84 @@ def test_a_damaged_gallery_is_refused(model, photos, tmp_path, damage):
     with pytest.raises(ValueError, match=r"/gallery|index 'magic'") as found:
         Gallery.load(tmp_path / "gallery", model)
     assert "build" in str(found.value) or "index 'magic'" in str(found.value)
+
+
+def flipped(content: bytes, bit: int) -> bytes:
+    """The bytes with one bit changed."""
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+@pytest.fixture
+def large(tmp_path) -> tuple[Path, DataFrame]:
+    """The only part of a folder of 1,024 photos whose ids are hashes of their paths, and its rows."""
+    rows, features = shard(1024)
+    rows["path"] = pd.array([f"/data/photos/{number % 37:03}/{number:05}.jpg" for number in range(1024)], "str")
+    rows["image_id"], rows["pid"] = rows.path.map(photo_id), pd.array(np.arange(1024) // 3, "Int64")
+    _write_part(tmp_path, rows, features)
+    return part(tmp_path), rows
+
+
+def test_no_single_bit_flip_of_a_part_is_loaded(large):
+    path, rows = large
+    content, draw = path.read_bytes(), random.Random(0)
+    for _ in range(400):
+        bit = draw.randrange(8 * len(content))
+        path.write_bytes(flipped(content, bit))
+        with pytest.raises(ValueError, match=r"part-00000\.safetensors is damaged"):
+            _read_part(path, 24)
+    path.write_bytes(content)
+    pd.testing.assert_frame_equal(_read_part(path, 24)[0], rows)
+
+
+def test_a_bit_flip_in_the_table_of_a_part_of_format_1_is_named_or_changes_what_nothing_tells(large):
+    """A Parquet file has no checksum: of its values, pids cannot be compared with anything, a path with its hash."""
+    path, rows = large
+    save_tensors({name: array for name, array in load_torch(path).items() if name in ("features", "image_id")}, path)
+    table, draw, outcomes = path.with_suffix(".parquet"), random.Random(0), Counter()
+    rows.to_parquet(table)
+    content = table.read_bytes()
+    for _ in range(400):
+        table.write_bytes(flipped(content, draw.randrange(8 * len(content))))
+        try:
+            found, _ = _read_part(path, 24)
+        except ValueError as error:
+            outcomes["named" if "part-00000.safetensors is damaged" in str(error) else "unnamed"] += 1
+        else:
+            assert found.image_id.equals(rows.image_id)
+            outcomes["same" if found.equals(rows) else "pid" if found.path.equals(rows.path) else "path"] += 1
+    assert outcomes["unnamed"] == 0
+    assert outcomes["path"] <= 4  # where the flip changed the beginning of all paths alike
+    assert outcomes["pid"] < 40, outcomes
+
+
+def test_an_error_of_arrow_that_is_no_value_error_names_the_part(large, monkeypatch):
+    from pyarrow import ArrowNotImplementedError, parquet
+
+    path, rows = large
+    save_tensors({name: array for name, array in load_torch(path).items() if name in ("features", "image_id")}, path)
+    rows.to_parquet(path.with_suffix(".parquet"))
+
+    def refuse(*_, **__):
+        raise ArrowNotImplementedError("Unsupported cast")
+
+    monkeypatch.setattr(parquet, "read_table", refuse)
+    with pytest.raises(ValueError, match=r"part-00000\.safetensors is damaged .*part-00000\.parquet: Unsupported cast"):
+        _read_part(path, 24)
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["format 2", "format 1"])
+def test_a_row_that_two_processes_wrote_is_there_once(model, photos, tmp_path, earlier):
+    gallery = Gallery.build(model, photos)
+    gallery.save(tmp_path / "gallery")
+    if earlier:
+        as_format_1(tmp_path / "gallery")
+    for file in (tmp_path / "gallery").glob("part-00000.*"):
+        shutil.copy(file, tmp_path / "gallery" / f"part-00001{file.suffix}")
+    loaded = Gallery.load(tmp_path / "gallery", model)
+    pd.testing.assert_frame_equal(loaded.images, gallery.images)
+    assert np.array_equal(loaded._store.features, gallery._store.features)
 
 
 @pytest.mark.parametrize("damage", DAMAGES_1.values(), ids=DAMAGES_1.keys())
@@ -441,3 +533,92 @@ def test_shares_without_a_place_to_meet_and_a_process_too_many_are_refused(model
         Gallery.build(model, photos, process=1, processes=2)
     with pytest.raises(ValueError, match=r"process is 2 of 2: accepted is 0 to"):
         Gallery.build(model, photos, folder=tmp_path / "shared", process=2, processes=2)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        (ALONE, ALONE, "is being built by"),
+        (Team(1, 2), Team(1, 2), "is being built as process 1 by"),
+        (Team(1, 2), ALONE, "is being built as process 1 by"),
+        (ALONE, Team(1, 2), "is being built by"),
+    ],
+)
+def test_a_second_build_of_the_same_share_stops_at_once_and_names_the_first(
+    model, photos, tmp_path, first, second, said
+):
+    with (
+        building(tmp_path / "gallery", first),
+        pytest.raises(RuntimeError, match=f"gallery {said} process {os.getpid()} on {platform.node()}: wait for it"),
+    ):
+        Gallery.build(model, photos, folder=tmp_path / "gallery", process=second.process, processes=second.processes)
+    assert list((tmp_path / "gallery").iterdir()) == []
+    build = Gallery.build(
+        model, photos, folder=tmp_path / "gallery", process=second.process, processes=second.processes
+    )
+    assert len(build) == 30 // second.processes
+
+
+def rival(table: str, folder: str, processes: int, together, pipe) -> None:
+    """What a child process does: it builds the same share of the same folder as all others, at the same moment."""
+    torch.set_num_threads(1)
+    retrieval.SHARD = 2
+    together.wait()
+    try:
+        pipe.send(len(Gallery.build(RandomModel(), pd.read_parquet(table), folder=folder, processes=processes)))
+    except RuntimeError as error:
+        pipe.send(str(error))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_of_builds_of_one_share_at_once_one_makes_it_and_the_others_stop(model, photos, tmp_path, processes):
+    photos.to_parquet(tmp_path / "table.parquet")
+    FORKS.set_forkserver_preload(["irra_core.retrieval"])
+    together, pipes, children = FORKS.Barrier(4, timeout=240), [], []
+    for _ in range(4):
+        ours, theirs = FORKS.Pipe(duplex=False)
+        arguments = (str(tmp_path / "table.parquet"), str(tmp_path / "gallery"), processes, together, theirs)
+        children.append(FORKS.Process(target=rival, args=arguments))
+        children[-1].start()
+        theirs.close()
+        pipes.append(ours)
+    answers = [pipe.recv() for pipe in pipes]
+    for child in children:
+        child.join(240)
+    made = [answer for answer in answers if isinstance(answer, int)]
+    assert made.count(30 // processes) == len(made) >= 1
+    assert all("is being built" in answer for answer in answers if isinstance(answer, str))
+    loaded = Gallery.load(tmp_path / "gallery", model)
+    assert (len(loaded), loaded.images.image_id.is_unique) == (30 // processes, True)
+
+
+def test_a_gallery_is_loaded_while_others_save_it(model, photos, tmp_path):
+    gallery, done = Gallery.build(model, photos), threading.Event()
+    gallery.save(tmp_path / "gallery")
+
+    def save():
+        while not done.is_set():
+            gallery.save(tmp_path / "gallery")
+
+    saver = threading.Thread(target=save)
+    saver.start()
+    try:
+        for _ in range(100):
+            pd.testing.assert_frame_equal(Gallery.load(tmp_path / "gallery", model).images, gallery.images)
+    finally:
+        done.set()
+        saver.join()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gallery", "photos"]
+
+
+def test_what_a_killed_save_left_is_named_and_then_removed(model, photos, tmp_path, monkeypatch):
+    gallery = Gallery.build(model, photos)
+    gallery.save(tmp_path / "gallery")
+    (tmp_path / "gallery").rename(tmp_path / "gallery.old-123")
+    monkeypatch.setattr(folders, "PATIENCE", 0.1)
+    with pytest.raises(FileNotFoundError, match=r"gallery is not there and .*gallery\.old-123 is: .*Rename"):
+        Gallery.load(tmp_path / "gallery", model)
+    gallery.save(tmp_path / "gallery")
+    (tmp_path / "gallery.partial-124").mkdir()
+    gallery.save(tmp_path / "gallery")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gallery", "photos"]

@@ -79,8 +79,9 @@ def open_annotations(
     root = data_root(root) / (f"smoke/rendering-{RENDERING}" if smoke() else "")  # each version has its own folder
     domain = recipe.dataset.removeprefix("synthetic").removeprefix("-") or "street"
     made = {"people": SMOKE_IDENTITIES} if smoke() else {}
-    make_synthetic(root, domain=domain, progress=progress, **made)
-    return load_annotations(recipe.dataset, root, recipe.identities)
+    made["height"] = 192 if recipe.image_height <= 192 else 384  # the other size is in a folder of its own
+    folder = make_synthetic(root, domain=domain, progress=progress, **made)
+    return load_annotations(recipe.dataset, folder.parent, recipe.identities)
 
 
 def leave_out_unreadable(annotations: DataFrame, recipe: Recipe, progress: Callable | None = None) -> DataFrame:

@@ -19,10 +19,11 @@ from irra_core.settings import progress_bar
 
 SIDE = 16  # the hash uses the SIDE × SIDE lowest frequencies
 SIZE = (4 * SIDE, 2 * SIDE)  # pixels, height and width: upright like the photos
-# Measured on rendered photos (`sensitivity` measures any photos): copies that were saved again or resized differ in at
-# most 6 bits; copies cropped by 2 % at each side differ in 36 bits (median), and 98 % of them in at most 48. Of 5.1
-# million pairs of photos of different people none differs in 48 bits or fewer; the nearest pair differs in 60. The
-# usual hash of 64 bits is too short: the same crops need a limit of 8 bits, and 42 of these pairs differ in 8 or fewer.
+# Measured on rendered photos of 384×128 (`sensitivity` measures any photos): copies that were saved again or resized
+# differ in at most 6 bits; copies cropped by 2 % at each side differ in 36 bits (median), and 98 % of them in at most
+# 48. Of 5.1 million pairs of photos of different people none differs in 48 bits or fewer; the nearest pair differs in
+# 60. The usual hash of 64 bits is too short: the same crops need a limit of 8 bits, and 42 of these pairs differ in 8
+# or fewer.
 SAME = 48
 GREY = np.array([0.299, 0.587, 0.114])  # weights of red, green and blue in the perceived brightness
 

@@ -22,11 +22,12 @@ from irra_core.synthetic.scenery import photograph
 from irra_core.synthetic.sketch import Number, tone
 
 DOMAINS = ("street", "night", "campus", "general")
-RENDERING = 6  # to be increased by every change that gives other pixels, people or captions for the same seed
+RENDERING = 7  # to be increased by every change that gives other pixels, people or captions for the same seed
 MARKER = "synthetic.json"  # beside the annotation file of rendered people; holds the arguments that produced them
 VIEWS = ("front", "back", "side", "any")  # of an identity's images
-TWINS = 0.22  # hard-negative pairs per identity: 176 among 800 people
+TWINS = 0.22  # hard-negative pairs per identity: 593 among 2,700 people
 FEWEST = 12
+HEIGHT = 192  # of a photo, pixels: twice what the small CLIP reads
 ALONE = 100  # fewer photos than this are drawn by this process: starting workers would take longer
 LAYOUTS = {  # folder, annotation file, path field, first id, captions per image
     "synthetic": ("synthetic", "annotations.json", "img_path", 0, 2),
@@ -210,7 +211,7 @@ def _dressed(person: Person, body: dict[str, Any]) -> dict[str, Any]:
 def _people(count: int, domain: str, seed: int) -> list[dict[str, Any]]:
     """All people of a data set: split, attributes, body and the list indices of their near-twins."""
     rng = np.random.default_rng([seed, DOMAINS.index(domain)])
-    val, test = max(2, round(count / 8)), max(2, round(count / 4))
+    val, test = max(2, round(count / 10)), max(2, round(3 * count / 20))
     people: list[dict[str, Any]] = []
     for split, size in (("train", count - val - test), ("val", val), ("test", test)):
         group: list[dict[str, Any]] = []
@@ -255,19 +256,22 @@ def _find_twins(people: Sequence[Person]) -> dict[int, list[int]]:
 def make_synthetic(
     root: str | Path,
     layout: str = "synthetic",
-    people: int = 800,
+    people: int = 2700,
     seed: int = 0,
     domain: str = "street",
     progress: Any = None,
+    height: int = HEIGHT,
 ) -> Path:
     """Folder of rendered people below root, written once, and renamed into place once complete.
 
-    `people` is the total, at least 12, split 5:1:2 into train, val and test, at least two each, with four views per
-    identity and two captions per image. layout `synthetic` writes `synthetic/` for the domain `street` and
-    `synthetic-<domain>/` for `night`, `campus` and `general`; `cuhk`, `icfg` and `rstp` write those data sets' own
-    folders and files (icfg has no val split and one caption per image). The same arguments give the same pixels on
-    any number of cores. `progress` is a class like tqdm. Raises ValueError for an unknown layout or domain, for fewer
-    than 12 people, and if the folder holds anything other than these people.
+    `people` is the total, at least 12, split 15:2:3 into train, val and test, at least two each, with four views per
+    identity and two captions per image. `height` is the photos', in pixels; they are a third as wide. Photos of
+    another height than 192 are written below a folder of their own, `384x128/` for 384. layout `synthetic` writes
+    `synthetic/` for the domain `street` and `synthetic-<domain>/` for `night`, `campus` and `general`; `cuhk`, `icfg`
+    and `rstp` write those data sets' own folders and files (icfg has no val split and one caption per image). The same
+    arguments give the same pixels on any number of cores. `progress` is a class like tqdm. Raises ValueError for an
+    unknown layout or domain, for fewer than 12 people, for a height that is no multiple of 3 or below 48, and if the
+    folder holds anything other than these people.
     """
     if layout not in LAYOUTS:
         raise unknown("layout", layout, LAYOUTS)
@@ -275,9 +279,12 @@ def make_synthetic(
         raise unknown("domain", domain, DOMAINS)
     if people < FEWEST:
         raise ValueError(f"people {people!r}: accepted is {FEWEST} or more, for two identities in every split")
+    if height < 48 or height % 3:
+        raise ValueError(f"height {height!r}: accepted are multiples of 3 from 48, as 192 or 384; the width is a third")
     name = LAYOUTS[layout][0] if layout != "synthetic" or domain == "street" else f"synthetic-{domain}"
-    folder = Path(root).resolve() / name
-    made = {"layout": layout, "people": people, "seed": seed, "domain": domain, "rendering": RENDERING}
+    folder = Path(root).resolve() / (f"{height}x{height // 3}" if height != HEIGHT else "") / name
+    made = {"layout": layout, "people": people, "seed": seed, "domain": domain, "height": height}
+    made["rendering"] = RENDERING
     if _is_there(folder, made):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -319,9 +326,9 @@ def _write(folder: Path, made: dict[str, Any], progress: Any) -> None:
         for image, view in enumerate(VIEWS):
             path = _image_path(made["layout"], pid, image, split)
             (folder / "imgs" / path).parent.mkdir(parents=True, exist_ok=True)
+            look = (one["attributes"], one["body"], view, made["domain"], made["height"])
             entropy = [made["seed"], DOMAINS.index(made["domain"]), index, image]
-            job = (str(folder / "imgs" / path), one["attributes"], one["body"], view, made["domain"], entropy, captions)
-            jobs.append(job)
+            jobs.append((str(folder / "imgs" / path), *look, entropy, captions))
             twins = [twin + first for twin in one["twins"]]
             records.append({"id": pid, field: path, "split": split, "near_twins": twins})
     for record, content in zip(records, _render(jobs, progress), strict=True):
@@ -386,13 +393,15 @@ def _photos(jobs: Sequence[tuple]) -> list[dict[str, Any]]:
     return [_photo(*job) for job in jobs]
 
 
-def _photo(path: str, person: Person, body: dict, view: str, domain: str, entropy: list[int], count: int) -> dict:
+def _photo(
+    path: str, person: Person, body: dict, view: str, domain: str, height: int, entropy: list[int], count: int
+) -> dict[str, Any]:
     """Draw one photo and write its captions; the random numbers depend only on `entropy`."""
     rng = np.random.default_rng([*entropy, 0])
     if view == "any":
         view = ("front", "back", "side")[int(rng.integers(3))]
-    image, boxes, out_of_sight = photograph(_dressed(person, body), view, domain, rng)
-    image.save(path, "JPEG", quality=92)
+    image, boxes, out_of_sight = photograph(_dressed(person, body), view, domain, rng, height)
+    image.save(path, "JPEG", quality=92, subsampling=0)  # else the colours of shoes 5 pixels high would smear
     hidden = hidden_in(view, person, out_of_sight, boxes)
     rng, captions = np.random.default_rng([*entropy, 1]), {}
     while len(captions) < count:

@@ -1,4 +1,4 @@
-"""A person, a view and a domain → a photo of 384×128 pixels: place, passers-by, occluders, light and camera."""
+"""A person, a view and a domain → a photo of any height: place, passers-by, occluders, light and camera."""
 
 import io
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ class Place:
     scenes: tuple[str, ...]
     tint: tuple[Number, Number, Number]  # mean gain of red, green, blue
     light: tuple[Number, Number]  # range of the exposure
-    blur: Number  # largest radius, pixels
-    noise: tuple[Number, Number]  # range of the standard deviation, of 255
+    blur: Number  # largest radius, pixels of a photo 384 high
+    noise: tuple[Number, Number]  # range of the standard deviation in such a photo, of 255
     pitch: tuple[Number, Number]  # how far the camera looks down
 
 
@@ -41,9 +41,12 @@ BRIGHT = tuple(COLOURS.values())
 
 
 def photograph(
-    person: dict[str, Any], view: str, domain: str, rng: Random
+    person: dict[str, Any], view: str, domain: str, rng: Random, height: int = 192
 ) -> tuple[Image.Image, dict[str, list[int]], list[str]]:
-    """The photo, the pixel box of each thing in it, and the names of the things that are mostly hidden."""
+    """The photo, the pixel box of each thing in it, and the names of the things that are mostly hidden.
+
+    The photo is a third as wide as high. Equal random numbers give the same photo in every height, but for its noise.
+    """
     place = PLACES[domain]
     yaw = _pick(rng, YAWS[view]) + _in(rng, -30, 30) * (0.7 if view == "side" else 1)
     tall = _in(rng, 316, 350) * person["stature"] * (0.9 if person["carried"] == "open umbrella" else 1.0)
@@ -59,10 +62,11 @@ def photograph(
         _pick(rng, (_bicycle, _pole, _bollard, _leaves))(sketch, rng)
     elif rng.random() < 0.05:
         _passer_by(sketch, backdrop, person, eye, rng, far=False)
-    image = _render(backdrop.svg(0.375)).convert("RGB").resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
-    front = _render(sketch.svg())
+    scale = height / HEIGHT
+    front = _render(sketch.svg(scale))
+    image = _render(backdrop.svg(0.375 * scale)).convert("RGB").resize(front.size, Image.Resampling.BICUBIC)
     image.paste(front, mask=front)
-    return _camera(image, place, sketch.light, rng), *_in_sight(sketch.boxes)
+    return _camera(image, place, sketch.light, rng), *_in_sight(sketch.boxes, scale)
 
 
 def _pick(rng: Random, choices: Sequence) -> Any:
@@ -78,8 +82,8 @@ def _render(svg: str) -> Image.Image:
     return Image.open(io.BytesIO(resvg_py.svg_to_bytes(svg_string=svg, skip_system_fonts=True))).convert("RGBA")
 
 
-def _in_sight(boxes: dict[str, list[Number]]) -> tuple[dict[str, list[int]], list[str]]:
-    """Boxes in whole pixels inside the photo, and the names of the things of which more than half is hidden."""
+def _in_sight(boxes: dict[str, list[Number]], scale: Number = 1.0) -> tuple[dict[str, list[int]], list[str]]:
+    """Boxes in whole pixels of a photo of that scale, and the names of the things of which more than half is hidden."""
     found, hidden = {}, []
     ox0, oy0, ox1, oy1 = boxes.pop("occluder", (0, 0, 0, 0))
     for name, (x0, y0, x1, y1) in boxes.items():
@@ -89,24 +93,29 @@ def _in_sight(boxes: dict[str, list[Number]]) -> tuple[dict[str, list[int]], lis
         if seen < 0.5 * (x1 - x0) * (y1 - y0):
             hidden.append(name)
         if right - left >= 1 and low - top >= 1:
-            found[name] = [int(left), int(top), min(int(right) + 1, WIDTH), min(int(low) + 1, HEIGHT)]
+            corner = min(int(right * scale) + 1, round(WIDTH * scale)), min(int(low * scale) + 1, round(HEIGHT * scale))
+            found[name] = [int(left * scale), int(top * scale), *corner]
     return found, hidden
 
 
 def _camera(image: Image.Image, place: Place, light: Number, rng: Random) -> Image.Image:
-    """The image with blur, tint, exposure, contrast, faded colours, light from one side and noise."""
-    radius = _in(rng, 0, place.blur)
+    """The image with blur, tint, exposure, contrast, faded colours, light from one side and noise.
+
+    Blur and noise are those of a photo 384 high that was scaled to this image's size.
+    """
+    scale, radius = image.height / HEIGHT, _in(rng, 0, place.blur)
     if radius > 0.35:
-        image = image.filter(ImageFilter.BoxBlur(radius))
+        image = image.filter(ImageFilter.BoxBlur(radius * scale))
     contrast, grey, exposure = _in(rng, 0.92, 1.06), _in(rng, 0.0, 0.12), _in(rng, *place.light)
     rows = []
     for i, tint in enumerate(place.tint):
         gain = tint * _in(rng, 0.96, 1.04) * exposure * contrast
         rows += [gain * (grey / 3 + (1 - grey) * (i == j)) for j in range(3)] + [118 * (1 - contrast)]
     pixels = np.asarray(image.convert("RGB", rows), np.float32)
-    across = 1 - np.linspace(-light, light, WIDTH, dtype=np.float32) * np.float32(-_in(rng, 0, 0.12))
-    down = np.linspace(1.04, 0.95, HEIGHT, dtype=np.float32)
-    grain = rng.standard_normal((HEIGHT, WIDTH), dtype=np.float32) * np.float32(_in(rng, *place.noise))
+    across = 1 - np.linspace(-light, light, image.width, dtype=np.float32) * np.float32(-_in(rng, 0, 0.12))
+    down = np.linspace(1.04, 0.95, image.height, dtype=np.float32)
+    deviation = np.float32(_in(rng, *place.noise) * scale)
+    grain = rng.standard_normal(pixels.shape[:2], dtype=np.float32) * deviation
     pixels = pixels * (down[:, None] * across)[..., None] + grain[..., None]
     return Image.fromarray(np.clip(pixels, 0, 255, out=pixels).astype(np.uint8))
 

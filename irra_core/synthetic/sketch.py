@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from math import atan2, cos, degrees, hypot, radians, sin
 
-HEIGHT, WIDTH = 384, 128  # of a photo, pixels
+HEIGHT, WIDTH = 384, 128  # of a drawing, in its own units; a photo is drawn at any size of this shape
 Number = int | float
 Point = tuple[Number, Number]
 Colour = Sequence[Number]  # red, green, blue, up to 255
 Runs = Sequence[Sequence[Point]]
 ROUND = range(-90, 91, 30)  # angles of the points of a line around a solid, degrees
+RIM = [(cos(i * 0.6283), sin(i * 0.6283)) for i in range(10)]  # points around a disc of radius 1
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,7 @@ def along(points: Sequence[Sequence[Number]], t: Number) -> tuple[Number, ...]:
 
 def hull(discs: Iterable[tuple[Point, Number]]) -> list[Point]:
     """Convex outline of discs (centre, radius): Andrew's monotone chain over points on their rims."""
-    turns = [i * 0.6283 for i in range(10)]
-    rim = sorted((x + r * cos(a), y + r * sin(a)) for (x, y), r in discs for a in turns)
+    rim = sorted((x + r * c, y + r * s) for (x, y), r in discs for c, s in RIM)
     found: list[Point] = []
     for points in (rim, rim[::-1]):
         chain: list[Point] = []
@@ -259,7 +259,7 @@ class Sketch:
             self.boxes[name] = [*map(min, old[:2], new[:2]), *map(max, old[2:], new[2:])]
 
     def svg(self, scale: Number = 1.0) -> str:
-        """The drawing as SVG text, at a scale of the photo's size."""
+        """The drawing as SVG text, of `scale` pixels per unit."""
         head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH * scale:.0f}" height="{HEIGHT * scale:.0f}"'
         body = f"<defs>{''.join(self.gradients)}</defs>{''.join(self.shapes)}"
         return f'{head} viewBox="0 0 {WIDTH} {HEIGHT}">{body}</svg>'

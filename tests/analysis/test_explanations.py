@@ -222,11 +222,11 @@ def test_attention_mass_is_the_share_of_a_words_attention_inside_the_box_of_its_
             if thing not in boxes[caption.image_id]:
                 continue
             x0, y0, x1, y1 = boxes[caption.image_id][thing]
-            pixels = weights[positions].mean(0).repeat_interleave(32, 0).repeat_interleave(32, 1)  # 384 by 128
+            pixels = weights[positions].mean(0).repeat_interleave(16, 0).repeat_interleave(16, 1)  # 192 by 64
             row = found.query("image_id == @caption.image_id and thing == @thing and word == @word")
             expected = float(pixels[y0:y1, x0:x1].sum() / pixels.sum())
             assert np.isclose(row.attention, expected, atol=1e-5).any(), (caption.caption, word)
-            assert np.allclose(row.area, (y1 - y0) * (x1 - x0) / (384 * 128))
+            assert np.allclose(row.area, (y1 - y0) * (x1 - x0) / (192 * 64))
             done += 1
     assert done > 20
 

@@ -50,7 +50,7 @@ def copies(rendered, tmp_path) -> DataFrame:
     paths = [
         saved(first, tmp_path / "again.jpg", quality=40),
         saved(second.resize((200, 500)), tmp_path / "larger.png"),
-        saved(third.crop((2, 5, wide - 3, high - 8)).resize((96, 288)), tmp_path / "cropped.jpg", quality=85),
+        saved(third.crop((1, 3, wide - 1, high - 4)).resize((48, 144)), tmp_path / "cropped.jpg", quality=85),
     ]
     return DataFrame({"pid": [100, 101, 102], "image_id": [7, 8, 9], "path": paths})
 

@@ -7,7 +7,6 @@ from irra_core.synthetic import people as synthetic
 from irra_core.synthetic.pedestrian import COLOURS
 from irra_core.synthetic.people import DOMAINS
 from irra_core.synthetic.scenery import PLACES, SCENES, photograph
-from irra_core.synthetic.sketch import HEIGHT, WIDTH
 
 PERSON = {"gender": "woman", "hair": "ponytail", "hair_colour": "black", "upper": "sweater", "upper_colour": "red"}
 PERSON |= {"pattern": "plain", "lower": "trousers", "lower_colour": "blue", "shoes": "boots", "shoe_colour": "yellow"}
@@ -30,8 +29,8 @@ def test_boxes_lie_inside_the_photo_one_above_the_other(view):
     for seed in range(3):
         _, boxes, _ = photo(view, seed=seed)
         for x0, y0, x1, y1 in boxes.values():
-            assert 0 <= x0 < x1 <= WIDTH
-            assert 0 <= y0 < y1 <= HEIGHT
+            assert 0 <= x0 < x1 <= 64
+            assert 0 <= y0 < y1 <= 192
         assert boxes["hat"][1] < boxes["upper"][1] < boxes["lower"][1] < boxes["shoes"][1]
         assert {"head", "torso", "left arm", "right arm", "left leg", "right leg"} <= set(boxes)
 

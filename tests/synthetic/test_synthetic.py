@@ -3,6 +3,8 @@
 import hashlib
 import json
 from collections import Counter
+from functools import partial
+from inspect import signature
 from itertools import combinations
 from pathlib import Path
 
@@ -11,9 +13,10 @@ import pytest
 from pandas import DataFrame
 from PIL import Image
 
+import irra_core as irra
+from irra_core.images import open_annotations
 from irra_core.synthetic import people as synthetic
 from irra_core.synthetic.people import attributes, make_synthetic, near_twins, synthetic_ceiling
-from irra_core.synthetic.sketch import HEIGHT, WIDTH
 
 
 def read(folder: Path) -> list[dict]:
@@ -43,7 +46,7 @@ def pixels(folder: Path) -> str:
 def sketchy(monkeypatch):
     """Grey photos: enough where the folder matters and not the picture."""
     names = ("hat", "bag", "carried", "hair", "upper", "lower", "shoes")
-    grey = Image.new("RGB", (WIDTH, HEIGHT), "grey"), {name: [0, 0, 9, 9] for name in names}, []
+    grey = Image.new("RGB", (64, 192), "grey"), {name: [0, 0, 9, 9] for name in names}, []
     monkeypatch.setattr(synthetic, "photograph", lambda *_: grey)
 
 
@@ -52,13 +55,11 @@ def folder(tmp_path_factory) -> Path:
     return make_synthetic(tmp_path_factory.mktemp("people"), people=12)
 
 
-def test_the_default_is_split_five_one_two_with_hard_negatives_in_every_split():
-    people = synthetic._people(800, "street", 0)
-    assert Counter(one["split"] for one in people) == {"train": 500, "val": 100, "test": 200}
+def test_the_default_is_split_fifteen_two_three_with_hard_negatives_in_every_split():
+    people = synthetic._people(signature(make_synthetic).parameters["people"].default, "street", 0)
+    assert Counter(one["split"] for one in people) == {"train": 2025, "val": 270, "test": 405}
     pairs = Counter(one["split"] for one in people for twin in one["twins"] if people[twin]["split"] == one["split"])
-    assert sum(pairs.values()) >= 2 * 150
-    assert pairs["test"] >= 2 * 30
-    assert pairs["val"] >= 2 * 15
+    assert all(pairs[split] >= 2 * 0.2 * size for split, size in {"train": 2025, "val": 270, "test": 405}.items())
 
 
 def test_near_twins_are_those_who_differ_in_one_attribute():
@@ -96,11 +97,39 @@ def test_another_seed_gives_other_people(folder, sketchy, tmp_path):
     assert [r["attributes"] for r in read(other)] != [r["attributes"] for r in read(folder)]
 
 
-def test_images_have_the_size_of_the_paper_and_show_something(folder):
+def test_images_have_twice_the_size_that_the_small_model_reads_and_show_something(folder):
+    small = irra.recipe("synthetic")
     for path in sorted((folder / "imgs").rglob("*.jpg")):
         with Image.open(path) as image:
-            assert image.size == (WIDTH, HEIGHT) == (128, 384)
+            assert image.size == (2 * small.image_width, 2 * small.image_height)
             assert np.asarray(image).std() > 15
+
+
+def test_the_same_people_in_the_size_of_the_paper_are_beside_the_small_ones_and_look_like_them(folder, tmp_path):
+    (tmp_path / "synthetic").symlink_to(folder)
+    large = make_synthetic(tmp_path, people=12, height=384)
+    assert large == tmp_path.resolve() / "384x128" / "synthetic"
+    for record, other in zip(read(folder), read(large), strict=True):
+        boxes = other.pop("boxes")
+        for name, box in record.pop("boxes").items():
+            assert box == pytest.approx([number / 2 for number in boxes[name]], abs=1)
+        assert record == other  # people, captions, splits, twins
+        with (
+            Image.open(folder / "imgs" / record["img_path"]) as a,
+            Image.open(large / "imgs" / record["img_path"]) as b,
+        ):
+            assert b.size == (128, 384)
+            difference = np.asarray(a, float) - np.asarray(b.resize(a.size, Image.Resampling.BOX), float)
+        assert np.abs(difference).mean() < 8
+        assert abs(difference.mean()) < 1
+
+
+@pytest.mark.parametrize(("backbone", "place"), [("small", "synthetic"), ("ViT-B-16-quickgelu", "384x128/synthetic")])
+def test_a_recipe_gets_photos_of_the_size_that_its_model_reads(backbone, place, tmp_path, monkeypatch, sketchy):
+    monkeypatch.setattr(synthetic, "make_synthetic", partial(make_synthetic, people=12))
+    table = open_annotations(irra.recipe("synthetic", backbone=backbone, pretrained="none", _smoke=False), tmp_path)
+    assert {Path(path).parents[1] for path in table.path} == {tmp_path.resolve() / place}
+    assert [path.name for path in tmp_path.iterdir()] == [place.split("/")[0]]
 
 
 def test_captions_state_what_is_true_of_the_person(folder):
@@ -159,6 +188,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
         ({"layout": "rtsp"}, "did you mean 'rstp'"),
         ({"domain": "nigth"}, "did you mean 'night'"),
         ({"people": 11}, "12 or more"),
+        ({"height": 200}, "height 200: accepted are multiples of 3"),
     ],
 )
 def test_wrong_arguments_are_named(tmp_path, wrong, said):

@@ -399,7 +399,11 @@ class Figure:
 
     def _neckline(self, trunk: Lathe, depth: Number, wide: Number, paint: str) -> None:
         """Draw the opening at the throat in the paint of what is under it."""
-        self._panel(trunk, (-wide, wide), lambda a: 148.6 - depth * cos(radians(90 * a / wide)) ** 0.8, 150.0, paint)
+
+        def low(a: Number) -> Number:
+            return 148.6 - depth * max(cos(radians(90 * a / wide)), 0.0) ** 0.8  # rounding may give a cosine below 0
+
+        self._panel(trunk, (-wide, wide), low, 150.0, paint)
 
     def _throat(self) -> str:
         return ink(tone(self.person["skin"], -0.12))

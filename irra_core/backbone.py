@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from irra_core.model import IRRA
 from irra_core.recipes import Recipe, check_patches
-from irra_core.settings import find_file
+from irra_core.settings import default_device, find_file
 from irra_core.transformer import CLIP
 
 # The little CLIP of the synthetic recipe; its vocabulary and context are CLIP's.
@@ -33,15 +33,17 @@ WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _NOT_LEARNED = ("logit_scale", "logit_bias", "input_resolution", "context_length", "vocab_size", "attn_mask")
 
 
-def build_model(recipe: Recipe, num_ids: int, weights: Path | None = None) -> IRRA:
-    """The model of a recipe, on the CPU: pretrained CLIP weights, new parts drawn from `recipe.seed`.
+def build_model(
+    recipe: Recipe, num_ids: int, weights: Path | None = None, device: str | torch.device | None = None
+) -> IRRA:
+    """The model of a recipe: pretrained CLIP weights, new parts drawn from `recipe.seed` (on the CPU, then moved).
 
     With `pretrained_towers` image or text the other encoder keeps its random weights. What `frozen` and `adapter_rank`
     keep from learning has requires_grad False.
 
-    `weights` is the file that pretrained `general` stands for, by default the cached one that training makes. The
-    global random state is left alone. Raises ValueError for a backbone, tag or file that does not fit,
-    FileNotFoundError for weights that are not there.
+    `weights` is the file that pretrained `general` stands for, by default the cached one that training makes. `device`
+    is by default the GPU if there is one. The global random state is left alone. Raises ValueError for a backbone, tag
+    or file that does not fit, FileNotFoundError for weights that are not there.
     """
     config = configuration(recipe.backbone)
     file = None if recipe.pretrained == "none" else _pretrained_file(recipe, weights)
@@ -60,7 +62,7 @@ def build_model(recipe: Recipe, num_ids: int, weights: Path | None = None) -> IR
 
         with seeded(recipe.seed):
             limit_learning(model.clip, recipe.frozen, recipe.adapter_rank)
-    return model
+    return model.to(device or default_device())
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from irra_core.backbone import (
     patch_grid,
     read_weights,
 )
+from irra_core.settings import default_device
 from irra_core.model import IRRA
 from irra_core.recipes import Recipe, patch_size, read_recipe
 
@@ -49,10 +50,19 @@ def weights_of(model: IRRA, merge: bool = True) -> dict[str, Tensor]:
     return merged(model) if merge else model.state_dict()
 
 
-def load_checkpoint(path: str | Path, finite: bool = True) -> tuple[IRRA, Recipe]:
-    """The model that `save_checkpoint` wrote, on the CPU, and its recipe; what was frozen, is.
+def description(model: IRRA, recipe: Recipe) -> dict[str, str]:
+    """The metadata of a checkpoint: how to build its model."""
+    num_ids = model.classifier.out_features if model.classifier is not None else 0
+    return {"format": FORMAT, "recipe": recipe.to_json(), "num_ids": str(num_ids)}
 
-    Raises ValueError for any other file, and for weights that are not finite unless `finite` is False.
+
+def load_checkpoint(
+    path: str | Path, finite: bool = True, device: str | torch.device | None = None
+) -> tuple[IRRA, Recipe]:
+    """The model that `save_checkpoint` wrote, and its recipe; what was frozen, is.
+
+    `device` is by default the GPU if there is one. Raises ValueError for any other file, and for weights that are not
+    finite unless `finite` is False.
     """
     from irra_core.variants.adapters import is_adapter
 
@@ -70,7 +80,7 @@ def load_checkpoint(path: str | Path, finite: bool = True) -> tuple[IRRA, Recipe
     _check_sizes(tensors, recipe, num_ids, path)
     rank = recipe.adapter_rank if any(is_adapter(name) for name in tensors) else 0
     plain = recipe.replace(pretrained="none", pretrained_towers="both", adapter_rank=rank)
-    return filled(lambda: build_model(plain, num_ids), tensors, path), recipe
+    return filled(lambda: build_model(plain, num_ids, device="meta"), tensors, path, device=device), recipe
 
 
 def _check_sizes(tensors: Mapping[str, Tensor], recipe: Recipe, num_ids: int, path: str | Path) -> None:
@@ -92,9 +102,13 @@ def _check_sizes(tensors: Mapping[str, Tensor], recipe: Recipe, num_ids: int, pa
 
 
 def filled(
-    build: Callable[[], IRRA], tensors: Mapping[str, Tensor], path: str | Path, named: Callable[[str], str] = str
+    build: Callable[[], IRRA],
+    tensors: Mapping[str, Tensor],
+    path: str | Path,
+    named: Callable[[str], str] = str,
+    device: str | torch.device | None = None,
 ) -> IRRA:
-    """The model that `build` makes, on the CPU, with a file's tensors as its weights.
+    """The model that `build` makes, with a file's tensors as its weights; by default on the GPU if there is one.
 
     It is built on the meta device, without memory, and compared with the file before any memory is allocated. `named`
     maps our name of a parameter to the file's. Raises ValueError naming each tensor that does not fit.
@@ -105,7 +119,7 @@ def filled(
     except (ValueError, RuntimeError) as error:  # RuntimeError: a size beyond what torch can count
         raise ValueError(f"{path}: {error}") from error
     check_fit({named(name): value for name, value in learned(model.state_dict()).items()}, tensors, str(path))
-    model.to_empty(device="cpu")
+    model.to_empty(device=device or default_device())
     give_constants(model.clip)
     fill({named(name): value for name, value in learned(model.state_dict()).items()}, tensors, str(path))
     return model

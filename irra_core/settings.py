@@ -56,6 +56,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def default_device() -> Any:
+    """The torch.device that models are on unless another is given: the CUDA GPU if torch finds one, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def smoke() -> bool:
     """True when IRRA_SMOKE=1 asks for the shrunken runs of the tests."""
     return os.environ.get("IRRA_SMOKE", "0") not in ("", "0")

@@ -28,7 +28,7 @@ from irra_core.images import image_array, left_out
 from irra_core.model import IRRA
 from irra_core.objective import Objective, gradient_norm, half_weights, step_precision
 from irra_core.recipes import PLAIN, Recipe, check_processes
-from irra_core.settings import progress_bar
+from irra_core.settings import default_device, progress_bar
 from irra_core.text import tokenize
 
 READ_LOSSES_EVERY = 20  # steps; reading a loss from a GPU waits for it
@@ -170,7 +170,7 @@ def replay(folder: str | Path) -> dict[str, float]:
     """
     model, recipe = load_checkpoint(Path(folder) / runs.FAILED, finite=False)
     tensors, _ = read_weights(Path(folder) / runs.FAILED_BATCH)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     batch = Batch(**{name: tensor.to(device) for name, tensor in tensors.items() if name != "image_ids"})
     precision = step_precision(recipe.precision, device)
     model = (half_weights(model) if precision == "fp16" else model).to(device).train()
@@ -191,7 +191,7 @@ class _Run:
     ):
         self.recipe, self.annotations, self.pixels = recipe, annotations, pixels
         self.folder, self.progress, self.team = folder, progress, team
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = default_device()
         table = annotations[annotations.split == "train"].reset_index(drop=True)
         near = on_device(pixels, self.device) if resides(pixels, self.device) else pixels
         self.batches = Batches(table, near, tokenize(table.caption.tolist()), recipe, self.device)

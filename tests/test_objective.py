@@ -47,9 +47,9 @@ def setting(case: str, double: bool, device: str = "cpu", **changes):
     captions = [f"a person in a {colours[n % 5]} coat{' who carries a bag' * (n % 3 == 0)}" for n in range(20)]
     rows = [(n // 2, n, f"{n}.png", caption, "train") for n, caption in enumerate(captions)]
     table = irra.annotations.DataFrame(rows, columns=["pid", "image_id", "path", "caption", "split"])
-    model = irra.build_model(recipe, num_ids=10)
+    model = irra.build_model(recipe, num_ids=10, device=device)
     batches = Batches(table, pixels, tokenize(captions), recipe, device)
-    return recipe, (model.double() if double else model).to(device), batches
+    return recipe, model.double() if double else model, batches
 
 
 def gradients(model) -> dict[str, torch.Tensor]:

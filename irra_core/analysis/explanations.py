@@ -10,7 +10,7 @@ from pandas import DataFrame
 from torch import Tensor
 from torch.nn import functional as F
 
-from irra_core.augmentation import normalise
+from irra_core.augmentation import moved, normalise
 from irra_core.images import image_array, open_photo
 from irra_core.interaction import CrossEncoder
 from irra_core.model import IRRA
@@ -45,17 +45,18 @@ def explain(
     counts as 0. This takes 48 passes per photo, so `looked_at` selects the rows of images that get a map (None: all).
     """
     device = next(model.parameters()).device
-    images = images.to(device)
-    (tokens,) = trim(tokenize([text]).to(device))
+    (tokens,) = trim(tokenize([text]))
     words = detokenize_words(tokens[0])
-    texts = F.normalize(model.encode_text(torch.cat([tokens, _without_each(tokens[0], words)])), dim=1)
+    images, asked = moved(images, device), moved(torch.cat([tokens, _without_each(tokens[0], words)]), device)
+    texts = F.normalize(model.encode_text(asked), dim=1)
     scores = F.normalize(model.encode_image(images), dim=1) @ texts.T
     contributions = scores[:, :1] - scores[:, 1:]
-    chosen = list(range(len(images)) if looked_at is None else looked_at)
+    chosen = moved(torch.tensor(range(len(images)) if looked_at is None else looked_at, dtype=torch.long), device)
+    images = images.index_select(0, chosen)
     if model.interaction is None:
-        maps, method = _drop_each_patch(model, images[chosen], texts, contributions[chosen]), "drop-one-patch"
+        maps, method = _drop_each_patch(model, images, texts, contributions.index_select(0, chosen)), "drop-one-patch"
     else:
-        seen = model.attention(images[chosen], tokens.expand(len(chosen), -1))
+        seen = model.attention(images, asked[:1].expand(len(images), -1)).cpu()
         maps = torch.stack([seen[:, positions].mean(1) for _, positions in words], 1) if words else seen[:, :0]
         method = "attention"
     arrays = [part.float().cpu().numpy() for part in (scores[:, 0], contributions, maps)]
@@ -99,16 +100,18 @@ def fill_masks(model: IRRA, images: Float[Tensor, "photos 3 height width"], text
     sentence without mask. Raises ValueError for a model without MLM.
     """
     device = next(model.parameters()).device
-    (tokens,) = trim(tokenize([text]).to(device))
-    positions = (tokens[0] == MASK_ID).nonzero().flatten() if "[MASK]" in text else tokens.new_zeros(0)
+    (tokens,) = trim(tokenize([text]))
+    positions = (tokens[0] == MASK_ID).nonzero().flatten() if "[MASK]" in text else torch.empty(0)
     rows = []
     if len(positions):
-        logits = model.word_logits(images.to(device), tokens.expand(len(images), -1))[:, positions].float()
-        logits[..., [MASK_ID, START_ID, END_ID]] = -torch.inf  # these are not words
-        likeliest = logits.softmax(-1).topk(n, dim=-1)
-        for (photo, mask, rank), token in np.ndenumerate(likeliest.indices.cpu().numpy()):
+        asked = moved(tokens, device).expand(len(images), -1)
+        logits = model.word_logits(moved(images, device), asked).index_select(1, moved(positions, device))
+        no_words = moved(torch.tensor([MASK_ID, START_ID, END_ID]), device)
+        shares = logits.float().index_fill(2, no_words, -torch.inf).softmax(2)
+        chances, likeliest = (part.cpu().numpy() for part in shares.topk(n, dim=2))
+        for (photo, mask, rank), token in np.ndenumerate(likeliest):
             word = "".join(piece for piece, _ in detokenize_words(torch.tensor([token])))
-            rows.append((photo, mask, rank + 1, word, float(likeliest.values[photo, mask, rank])))
+            rows.append((photo, mask, rank + 1, word, float(chances[photo, mask, rank])))
     return DataFrame(rows, columns=["photo", "mask", "rank", "word", "probability"])
 
 
@@ -126,6 +129,7 @@ def rollout(
     encoder, length = model.interaction, tokens.shape[1]
     if not isinstance(encoder, CrossEncoder):
         raise ValueError(f"rollout needs text blocks after the image: {type(encoder).__name__} has none, cross has")
+    images, tokens = (moved(part, next(model.parameters()).device) for part in (images, tokens))
     tokens, real = _attended(model, tokens)
     mask, shares = None if real is None else real[:, None, None], []
     words, patches = encoder.ln_text(model.text_tokens(tokens)), encoder.ln_image(model.image_tokens(images))
@@ -160,7 +164,7 @@ def attention_mass(model: IRRA, annotations: DataFrame) -> DataFrame:
     rows = []
     for chunk, images, tokens in _read(model, annotations):
         with torch.inference_mode():
-            maps = {"attention": model.attention(images, tokens)}
+            maps = {"attention": model.attention(images, moved(tokens, images.device))}
             if isinstance(model.interaction, CrossEncoder):
                 maps["rollout"] = rollout(model, images, tokens)
         maps = {name: each.float().cpu().numpy() for name, each in maps.items()}
@@ -178,7 +182,7 @@ def attention_mass(model: IRRA, annotations: DataFrame) -> DataFrame:
 
 
 def _read(model: IRRA, annotations: DataFrame) -> Iterator[tuple[DataFrame, Tensor, Tensor]]:
-    """Yields chunks of captions, each caption with its photo and tokens on the model's device."""
+    """Yields chunks of captions, each caption with its photo on the model's device, and its tokens on the CPU."""
     device = next(model.parameters()).device
     photos = annotations.drop_duplicates("image_id")
     row_of = dict(zip(photos["image_id"], range(len(photos)), strict=True))
@@ -187,7 +191,7 @@ def _read(model: IRRA, annotations: DataFrame) -> Iterator[tuple[DataFrame, Tens
         chunk = annotations.iloc[start : start + CHUNK]
         shown = torch.from_numpy(pixels[[row_of[image] for image in chunk["image_id"]]])
         (tokens,) = trim(tokenize(list(chunk["caption"])))
-        yield chunk, normalise(shown.to(device)), tokens.to(device)
+        yield chunk, normalise(moved(shown, device)), tokens
 
 
 def named_words(tokens: Int[Tensor, " length"]) -> Iterator[tuple[str, str, str, list[int]]]:
@@ -214,8 +218,8 @@ def word_evidence(model: IRRA, annotations: DataFrame, others: int = 8, seed: in
     for caption in annotations.itertuples():
         own = np.flatnonzero(photos["image_id"] == caption.image_id)
         strangers = draw.choice(np.flatnonzero(photos["pid"] != caption.pid), others)
-        images = normalise(torch.from_numpy(pixels[[*own, *strangers]]).to(device))
-        (tokens,) = trim(tokenize([caption.caption]).to(device))
+        images = normalise(moved(torch.from_numpy(pixels[[*own, *strangers]]), device))
+        (tokens,) = trim(tokenize([caption.caption]))
         named = [item for item in named_words(tokens[0]) if len(item[3]) == 1]
         chances = _chances(model, images, tokens[0], [positions[0] for *_, positions in named])
         for (thing, kind, word, (position,)), chance in zip(named, chances, strict=True):
@@ -232,16 +236,17 @@ def word_evidence(model: IRRA, annotations: DataFrame, others: int = 8, seed: in
 def _chances(
     model: IRRA, images: Float[Tensor, "photos 3 height width"], tokens: Int[Tensor, " length"], positions: list[int]
 ) -> Float[Tensor, "positions photos vocabulary"]:
-    """The probability of every word at each position, with only that position masked, for each photo."""
-    at = torch.tensor(positions, dtype=torch.long, device=tokens.device)
+    """The probability, on the CPU, of every word at each position, with only that position masked, for each photo."""
+    at = torch.tensor(positions, dtype=torch.long)
     masked = tokens.repeat(len(positions), 1).scatter(1, at[:, None], MASK_ID)
-    masked, real = _attended(model, masked)
+    masked, real = _attended(model, moved(masked, images.device))
+    at = moved(at, images.device)
     words, patches = model.text_tokens(masked), model.image_tokens(images)
     photos = torch.arange(len(images), device=at.device).repeat(len(positions))
     rows = torch.arange(len(positions), device=at.device).repeat_interleave(len(images))
     real = None if real is None else real[rows]
     states = model.interaction(words[rows], patches[photos], real, at[rows, None])
-    return model.mlm_head(states[:, 0]).float().softmax(1).unflatten(0, (len(positions), len(images)))
+    return model.mlm_head(states[:, 0]).float().softmax(1).cpu().unflatten(0, (len(positions), len(images)))
 
 
 def _attended(model: IRRA, tokens: Int[Tensor, "n length"]) -> tuple[Tensor, Tensor | None]:

@@ -14,6 +14,7 @@ from irra_core.benchmark.workloads import interleave
 from irra_core.checkpoints import load_checkpoint
 from irra_core.interaction import build_interaction
 from irra_core.recipes import Recipe
+from irra_core.settings import default_device
 from irra_core.text import VOCABULARY
 
 
@@ -23,7 +24,7 @@ def inference_ms(finished: DataFrame, batch_size: int = 32, repeats: int = 5) ->
     finished: what `studies.run_all` gave. The median over the repeats, in which the variants take turns.
     """
     firsts = finished[finished.status == "finished"].drop_duplicates("variant")
-    models = {row.variant: _timed_model(Path(row.path)) for row in firsts.itertuples()}
+    models = {row.variant: load_checkpoint(Path(row.path) / runs.WEIGHTS)[0].eval() for row in firsts.itertuples()}
     tokens = torch.randint(1, VOCABULARY - 2, (batch_size, 32), generator=torch.Generator().manual_seed(0))
     tokens[:, -1] = VOCABULARY - 1
 
@@ -39,13 +40,8 @@ def inference_ms(finished: DataFrame, batch_size: int = 32, repeats: int = 5) ->
 def _medians(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Median seconds of each call without gradients; the calls take turns."""
     with torch.inference_mode():
-        seconds = interleave(calls, repeats, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        seconds = interleave(calls, repeats, default_device())
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def _timed_model(folder: Path) -> torch.nn.Module:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_checkpoint(folder / runs.WEIGHTS)[0].eval().to(device)
 
 
 def interaction_costs(
@@ -60,7 +56,7 @@ def interaction_costs(
     width = width or config["embed_dim"]
     grid = patch_grid((made.image_height, made.image_width), config["vision_cfg"]["patch_size"], made.stride)
     generator = torch.Generator().manual_seed(made.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     sizes = (words, grid[0] * grid[1] + 1)
     text, image = (torch.randn(batch_size, size, width, generator=generator).to(device) for size in sizes)
     encoders = {

@@ -218,7 +218,7 @@ def _step_rows(bench: Bench, work: str, chosen: Recipe, people: int, targets: Ma
     A precision that the device has no instructions for is not measured.
     """
     batch = _batch(bench, chosen)
-    model = build_model(chosen, people).to(bench.device).train()
+    model = build_model(chosen, people, device=bench.device).train()
     optimiser = build_optimiser(model, chosen)
     objectives = {precision: Objective(model, chosen, precision) for precision in precisions(bench.device)}
     calls = {name: lambda o=objective: optimise(o, optimiser, batch) for name, objective in objectives.items()}
@@ -409,7 +409,7 @@ def evaluation(bench: Bench) -> list[Row]:
     """Rows of an evaluation on the synthetic test split, in both directions, beside the released code's."""
     chosen, annotations = recipe("synthetic", pretrained="none"), bench.annotations
     pixels = image_array(list(photo_table(annotations).path), chosen.image_height, chosen.image_width).pixels
-    model = build_model(chosen, 500).to(bench.device)
+    model = build_model(chosen, 500, device=bench.device)
     inside, outside, scores = {}, [], {}
 
     def ours() -> None:
@@ -536,7 +536,7 @@ def loading(bench: Bench) -> list[Row]:
     train = annotations[annotations.split == "train"].reset_index(drop=True)
     batches = Batches(train, pixels, tokenize(train.caption.tolist()), chosen, bench.device)
     count = bench.size("batches", 20, 3)
-    model = build_model(chosen, len(batches.classes)).to(bench.device).train()
+    model = build_model(chosen, len(batches.classes), device=bench.device).train()
     optimiser = build_optimiser(model, chosen)
     objective = Objective(model, chosen, step_precision(chosen.precision, bench.device))
     calls: dict[str, Callable[[], Any]] = {
@@ -628,7 +628,7 @@ def gpu(bench: Bench) -> list[Row]:
     chosen = recipe("cuhk", pretrained="none", batch_size=bench.size("batch", 64, 4), **size)
     captions, photos = (bench.size(name, CUHK_TRAIN[name], 24) for name in ("captions", "photos"))
     batches = noise_batches(bench, chosen, captions, photos)
-    model = build_model(chosen, bench.size("people", CUHK_TRAIN["people"], 24)).to(bench.device).train()
+    model = build_model(chosen, bench.size("people", CUHK_TRAIN["people"], 24), device=bench.device).train()
     optimiser, precision = build_optimiser(model, chosen), step_precision(chosen.precision, bench.device)
     objective = Objective(model, chosen, precision)
 

@@ -36,14 +36,20 @@ _SIZES = {
 _HEAD_WIDTH = 64  # of every attention head in CLIP and in the released code
 
 
-def load_official(path: str | Path, image_size: Sequence[int] = (384, 128), stride: int = 16) -> IRRA:
-    """The model in a file of the released code, on the CPU in single precision; it attends to padding, as released.
+def load_official(
+    path: str | Path,
+    image_size: Sequence[int] = (384, 128),
+    stride: int = 16,
+    device: str | torch.device | None = None,
+) -> IRRA:
+    """The model in a file of the released code, in single precision; it attends to padding, as released.
 
     Widths, depths, heads (width / 64), patch, vocabulary and number of identities are read from the shapes of a few
     tensors. The image size (height, width) and the stride in pixels are not in the file: they are checked against the
     number of positions. Other entries beside `model` and names that begin with module. are accepted; the classifier, or
-    the interaction encoder with its head, may be absent as a whole. Raises ValueError that names each tensor that is
-    missing, left over or of the wrong shape; for an image size that does not fit, it lists sizes that fit.
+    the interaction encoder with its head, may be absent as a whole. `device` is by default the GPU if there is one.
+    Raises ValueError that names each tensor that is missing, left over or of the wrong shape; for an image size that
+    does not fit, it lists sizes that fit.
     """
     tensors = _released_tensors(path)
     sizes = _sizes(tensors, path)
@@ -60,7 +66,7 @@ def load_official(path: str | Path, image_size: Sequence[int] = (384, 128), stri
         return IRRA(new_clip(config, image_size, stride), classes, interaction, depth, padding_attention=True)
 
     try:
-        return filled(empty, tensors, path, released_name)
+        return filled(empty, tensors, path, released_name, device)
     except ValueError as error:
         read = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in _SIZES if name in tensors)
         raise ValueError(f"{error}. The model's sizes were read from {read}") from error
@@ -69,8 +75,9 @@ def load_official(path: str | Path, image_size: Sequence[int] = (384, 128), stri
 def save_official(model: IRRA, path: str | Path) -> None:
     """Write a file that the released code loads: {"model": state dict} under its names, in the model's precision.
 
-    The released code always lets words attend to padding, even if this model does not. Raises ValueError for a model
-    that the released code cannot represent: another interaction encoder, activation or width of heads.
+    Its tensors are on the CPU. The released code always lets words attend to padding, even if this model does not.
+    Raises ValueError for a model that the released code cannot represent: another interaction encoder, activation or
+    width of heads.
     """
     blocks = [*model.clip.visual.transformer.resblocks, *model.clip.transformer.resblocks]
     if not isinstance(model.interaction, CrossEncoder | None):
@@ -79,7 +86,7 @@ def save_official(model: IRRA, path: str | Path) -> None:
         raise ValueError("the released code computes QuickGELU, this model GELU: only -quickgelu backbones fit")
     if not all(block.attn.head_dim == _HEAD_WIDTH for block in blocks):
         raise ValueError(f"the released code has heads of width {_HEAD_WIDTH}, this model has others")
-    state = {released_name(name): value for name, value in learned(weights_of(model)).items()}
+    state = {released_name(name): value.cpu() for name, value in learned(weights_of(model)).items()}
     with replaced(path) as aside:
         torch.save({"model": state}, aside)
 

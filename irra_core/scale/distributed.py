@@ -23,6 +23,7 @@ from irra_core import runs
 from irra_core.batches import ALONE, Team
 from irra_core.checkpoints import replaced
 from irra_core.recipes import Recipe, check_processes
+from irra_core.settings import default_device
 
 PATIENCE = timedelta(hours=12)  # one process decodes a data set or pretrains the small CLIP while the others wait
 PREFIX = "irra-core: "  # prefix of the lines of JSON that process 0 writes for the process that started torchrun
@@ -89,7 +90,7 @@ def joined() -> Iterator[Team]:
     if "RANK" not in os.environ:
         yield ALONE
         return
-    if cuda := torch.cuda.is_available():
+    if cuda := default_device().type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     yield Team(dist.get_rank(), dist.get_world_size())

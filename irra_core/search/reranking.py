@@ -5,7 +5,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int, Int64, UInt8
 from torch import Tensor
 
-from irra_core.augmentation import normalise
+from irra_core.augmentation import moved, normalise
 from irra_core.evaluation import scoring
 from irra_core.images import UnreadableImages, decoded_array
 from irra_core.objective import autocast
@@ -115,9 +115,10 @@ def word_scores(
     masked, labels = hidden_words(tokenize([text])[0])
     if not len(masked):
         return cosines
-    images = normalise(torch.from_numpy(pixels).to(next(model.parameters()).device))
-    likelihood = sum(_likelihood(model, images, *turn, precision) for turn in zip(masked, labels, strict=True))
-    return (cosines + WORD_WEIGHT * (likelihood / (labels != 0).sum()).cpu().numpy()).astype(np.float32)
+    images = normalise(moved(torch.from_numpy(pixels), next(model.parameters()).device))
+    turns = zip(masked, labels, strict=True)
+    likelihood = sum(_likelihood(model, images, row, targets, precision) for row, targets in turns)
+    return (cosines + WORD_WEIGHT * (likelihood.cpu() / (labels != 0).sum()).numpy()).astype(np.float32)
 
 
 def hidden_words(tokens: Int[Tensor, " length"]) -> tuple[Int[Tensor, "turns length"], Int[Tensor, "turns length"]]:
@@ -139,8 +140,9 @@ def _likelihood(
     precision: str,
 ) -> Float[Tensor, " n"]:
     """The summed log-likelihood of the hidden tokens, in nats, for each image."""
-    masked, labels = (row.to(images.device).expand(len(images), -1) for row in (masked, labels))
+    words_each = (int((labels != 0).sum()),) * len(images)
+    masked, labels = (moved(row, images.device).expand(len(images), -1) for row in (masked, labels))
     with scoring(model), torch.inference_mode(), autocast(images.device, precision):
-        output = model(images, masked, masked, labels)
+        output = model(images, masked, masked, labels, words_each)
     right = output.word_logits.float().log_softmax(1).gather(1, output.word_labels[:, None])
     return right.view(len(images), -1).sum(1)

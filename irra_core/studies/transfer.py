@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from pandas import DataFrame
 
 from irra_core import evaluation
@@ -92,7 +91,6 @@ def transfer_queries(
         here = None if leaked is None else leaked[(leaked.train == run.train) & (leaked.test == test)]
         gone = set() if here is None else set(here.test_image_id)
         model, recipe = load_checkpoint(Path(run.path) / WEIGHTS)
-        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         pixels = image_array(list(photo_table(table).path), *model.image_size).pixels
         kept = _asked(model, table, pixels, recipe.precision)
         left_out = _asked(model, without(table, gone), pixels, recipe.precision) if gone else kept

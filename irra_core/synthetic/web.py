@@ -36,12 +36,13 @@ FRAMINGS = {
     "far": (1, (110, 190), (70, 110)),
 }
 # Per cent of the texts: right, of another picture, with another colour, of no picture in particular.
-FAULTS = {"none": 72, "another's": 12, "colour": 9, "vague": 7}
+FAULTS = {"none": 78, "another's": 10, "colour": 7, "vague": 5}
 SAID = {  # probability that a text may name a thing that is seen; it then names one to three of them
     "hair": 0.5, "upper": 0.95, "lower": 0.85, "shoes": 0.7, "bag": 0.8, "hat": 0.8, "glasses": 0.3, "carried": 0.7,
 }  # fmt: skip
 COLOUR_SAID, PATTERN_SAID, SYNONYM = 0.85, 0.6, 0.4
-MANY = {"1": 40, "2": 45, "3": 15}  # things named, per cent
+MANY = {"1": 35, "2": 45, "3": 20}  # things named, per cent
+MANY_STOCK = {"2": 25, "3": 40, "4": 35}  # in a stock photo's sentence
 VAGUE = (
     "street style", "outfit of the day", "photo", "new in", "untitled", "my weekend", "best of 2019", "inspiration",
     "IMG_{}", "DSC_{}.jpg", "stock photo", "click to enlarge", "look {}", "shop the look", "summer sale", "me, {}",
@@ -56,6 +57,20 @@ WORN_FORMS = ("a {noun} in {listed}", "{bare} outfit", "#ootd #{tag}", "how to w
 SHOP_FORMS = (
     "{bare} sale", "buy {bare} online", "{whose} {bare}", "{whose} {bare}, size {size}", "{bare} - 50% off", "{bare}",
 )  # fmt: skip
+STOCK_FORMS = (  # sentences, as sellers of stock photos write them
+    "A {noun} is wearing {listed}.",
+    "The {noun} wears {listed}.",
+    "This {noun} has {listed}, stock photo",
+    "Young {noun} dressed in {listed}",
+    "There is a {noun} with {listed} in the picture.",
+    "{noun} in {listed}, walking",
+    "{noun} carrying {listed} in front of a wall",
+    "Smiling {noun} with {listed}, isolated",
+    "The person holds {listed}",
+    "We see a {noun} with a pair of shoes and {listed}.",
+    "{they} is dressed in {listed} and has a bag over the shoulder",
+)
+STOCK = 0.35  # of the texts of people
 WORN = ("upper", "lower", "shoes", "hat")
 ARTICLES = ("a pair of ", "an ", "a ")
 
@@ -224,8 +239,10 @@ def _people(rng: Random, kind: str, framings: tuple[str, ...], count: int, plain
     named = _named(one, hidden, rng)
     if kind == "garment":
         named = {slot: phrase for slot, phrase in named.items() if slot in (*WORN, "bag")}
-    slots = [list(named)[i] for i in rng.permutation(len(named))[: int(weighted(MANY, rng))]]
-    forms = FORMS + (WORN_FORMS if set(slots) <= set(WORN) else ())
+    stock = kind != "garment" and rng.random() < STOCK
+    many = int(weighted(MANY_STOCK if stock else MANY, rng))
+    slots = [list(named)[i] for i in rng.permutation(len(named))[:many]]
+    forms = STOCK_FORMS if stock else FORMS + (WORN_FORMS if set(slots) <= set(WORN) else ())
     if kind == "garment" and rng.random() < 0.6:
         forms = SHOP_FORMS
     return Page(kind, ground, front, _text(one["gender"], [named[slot] for slot in slots], where, forms, rng))
@@ -268,7 +285,14 @@ def _text(gender: str, named: list[str], where: str, forms: tuple[str, ...], rng
     if not named:
         return f"{noun}, {where}" if where else noun
     bare = " ".join(map(_bare, named))
-    words = {"noun": noun, "listed": " and ".join(named), "bare": bare, "tag": bare.replace(" ", "")}
+    listed = " and ".join(filter(None, (", ".join(named[:-1]), named[-1])))
+    words = {
+        "noun": noun,
+        "they": "He" if gender == "man" else "She",
+        "listed": listed,
+        "bare": bare,
+        "tag": bare.replace(" ", ""),
+    }
     words |= {"whose": _pick(rng, WHOSE[gender]), "size": _pick(rng, ("S", "M", "L", "XL", "38", "42"))}
     text = _pick(rng, forms).format(**words)
     return f"{text}{_pick(rng, (' at ', ', ', ' in '))}{where}" if where and rng.random() < 0.25 else text

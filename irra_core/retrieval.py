@@ -1,21 +1,15 @@
 """A model + photos → `Gallery`; text → the ranked table."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float32
 from pandas import DataFrame
 
 from irra_core.batches import ALONE, Team, member
-from irra_core.evaluation import encode_images, encode_texts
-from irra_core.images import decoded_array
 from irra_core.recipes import Recipe
-from irra_core.settings import progress_bar, unknown
-from irra_core.text import whole_characters
-
-SHARD = 1024  # photos that are decoded, encoded and stored together: what an interruption costs at most
+from irra_core.settings import unknown
 
 
 class Gallery:
@@ -58,10 +52,11 @@ class Gallery:
         galleries. `recipe` sets the arithmetic (`precision`). Raises ValueError when no photo can be read, or when
         folder, url or recipe belong to another model.
         """
+        from irra_core.search.encoding import check_recipe
         from irra_core.search.photo_table import nothing_to_read, photo_table
         from irra_core.search.stores import opened_store
 
-        _check_recipe(model, recipe)
+        check_recipe(model, recipe)
         team = member(process, processes)
         with opened_store(model, index, url, folder, team) as store:
             gallery = cls(model, store, recipe.precision if recipe else "auto")
@@ -90,14 +85,17 @@ class Gallery:
         words follow from them (`words`, which decodes the photos again); the column `reranked` then has the scores of
         that order. A gallery of fewer photos gives all of them. Raises ValueError for an empty sentence or k below 1.
         """
-        queries, k = _checked_queries(text), _checked_k(k)
+        from irra_core.search.encoding import checked_k, encoded_queries
+
+        k = checked_k(k)
+        queries, features = encoded_queries(self.model, text, self._store.dim, self.precision)
         if rerank is None:
-            return self._ranking(queries, *self._store.nearest(self._encode(queries), k))
+            return self._ranking(queries, *self._store.nearest(features, k))
         from irra_core.search.reranking import CANDIDATES, second_scores
 
         if rerank not in CANDIDATES:
             raise unknown("rerank", rerank, CANDIDATES)
-        scores, ids = self._store.nearest(self._encode(queries), max(k, CANDIDATES[rerank]))
+        scores, ids = self._store.nearest(features, max(k, CANDIDATES[rerank]))
         second = np.full_like(scores, -np.inf)
         for row, query in enumerate(queries):
             hits = np.isfinite(scores[row])
@@ -106,17 +104,6 @@ class Gallery:
             )
         best = np.argsort(-second, axis=1, kind="stable")[:, :k]
         return self._ranking(queries, *(np.take_along_axis(each, best, 1) for each in (scores, ids, second)))
-
-    def _encode(self, queries: list[str]) -> Float32[np.ndarray, "q dim"]:
-        """The sentences' features, refused where they cannot be compared with the photos'."""
-        features = encode_texts(self.model, queries, precision=self.precision).numpy()
-        if features.shape[1] != self._store.dim:
-            raise ValueError(
-                f"the model gives features of width {features.shape[1]}, the gallery's have {self._store.dim}: "
-                "search with the model that built it"
-            )
-        check_unit(features, queries)
-        return features
 
     def _ranking(
         self, queries: list[str], scores: np.ndarray, ids: np.ndarray, second: np.ndarray | None = None
@@ -135,9 +122,11 @@ class Gallery:
 
     def neighbours(self, image_id: int, k: int = 10) -> DataFrame:
         """The k photos nearest to one of the gallery's, itself left out: query (its path), and `search`'s columns."""
+        from irra_core.search.encoding import checked_k
+
         query_id = np.array([image_id])
         query = self._store.rows(query_id).path[0]
-        scores, ids = self._store.nearest(self._store.features_of(query_id), _checked_k(k) + 1)
+        scores, ids = self._store.nearest(self._store.features_of(query_id), checked_k(k) + 1)
         itself = ids == image_id
         return self._ranking([query], scores[~itself][None, :k], ids[~itself][None, :k])
 
@@ -147,14 +136,9 @@ class Gallery:
         Give sentences that people would search with: without, up to 1,000 of the gallery's own photos are the queries,
         and an approximate index has a higher recall for photos than for sentences.
         """
-        if queries is None:
-            rows = np.random.default_rng(0).permutation(len(self))[:1000]
-            features = self._store.features_of(self.images.image_id.to_numpy()[rows])
-        else:
-            features = self._encode(_checked_queries(queries))
         from irra_core.search.stores import recall
 
-        return recall(self._store, features, _checked_k(k))
+        return recall(self._store, self.model, self.precision, k, queries)
 
     def add(self, images: DataFrame | str | Path, progress=None) -> int:
         """How many photos of a table, a folder or a single file were added; those already here are skipped."""
@@ -171,12 +155,13 @@ class Gallery:
         team: Team = ALONE,
     ) -> int:
         """How many photos were added, and written to the folder if there is one."""
+        from irra_core.search.encoding import encoded_photos
         from irra_core.search.photo_table import check_paths
 
         stored = self._store.rows(photos.image_id.to_numpy(), known=False)
         check_paths(photos, stored)
         photos, unreadable = photos[~photos.image_id.isin(stored.image_id)].reset_index(drop=True), list(misnamed)
-        shards = _encoded(self.model, photos, self.precision, unreadable, progress)
+        shards = encoded_photos(self.model, photos, self.precision, unreadable, progress)
         if folder:
             from irra_core.search.folder import written
 
@@ -214,62 +199,3 @@ class Gallery:
         from irra_core.search.stores import load_store
 
         return cls(model, load_store(folder, model, index))
-
-
-def _check_recipe(model, recipe: Recipe | None) -> None:
-    """Refuse a recipe whose photos have another size than the model's."""
-    if recipe and (recipe.image_height, recipe.image_width) != tuple(model.image_size):
-        raise ValueError(
-            f"the recipe's photos are {recipe.image_height}×{recipe.image_width}, the model's "
-            f"{model.image_size[0]}×{model.image_size[1]}: give the recipe that the model was built with"
-        )
-
-
-def _encoded(
-    model, photos: DataFrame, precision: str, unreadable: list[tuple[str, str]], progress
-) -> Iterator[tuple[DataFrame, Float32[np.ndarray, "_ dim"]]]:
-    """Rows and features, a shard at a time; files that cannot be read go to `unreadable`, with the reason."""
-    with progress_bar(progress, total=len(photos), desc="photos", unit="photo") as bar:
-        for start in range(0, len(photos), SHARD):
-            shard = photos[start : start + SHARD]
-            pixels, reasons = decoded_array(list(shard.path), *model.image_size)
-            unreadable += reasons.items()
-            if len(pixels):
-                shard = shard[~shard.path.isin(reasons)].reset_index(drop=True)
-                features = encode_images(model, pixels, precision=precision).numpy()
-                check_unit(features, list(shard.path))
-                yield shard, features
-            bar.update(len(pixels) + len(reasons))
-
-
-def check_unit(
-    features: Float32[np.ndarray, "n dim"],
-    names: Sequence[str],
-    remedy: str = "the model's weights are damaged, load another checkpoint",
-) -> None:
-    """Refuse features that cannot be ranked: NaN, infinite or zero."""
-    broken = np.flatnonzero(~(np.abs(np.linalg.norm(features, axis=1) - 1) < 1e-2))  # NaN is never below
-    if len(broken):
-        raise ValueError(
-            f"{len(broken)} of {len(features)} features are not unit vectors (NaN or zero), first that of "
-            f"{names[broken[0]]!r}: {remedy}"
-        )
-
-
-def _checked_queries(text: str | Sequence[str]) -> list[str]:
-    """A list of sentences, none empty, of whole characters."""
-    queries = [text] if isinstance(text, str) else list(text)
-    for place, query in enumerate(queries, 1):
-        if not isinstance(query, str):
-            raise TypeError(f"query {place} is {query!r}: accepted is a sentence")
-        if not query.strip():
-            raise ValueError(f"query {place} is empty: write what the person looks like")
-    if not queries:
-        raise ValueError("there is no query: write what the person looks like")
-    return [whole_characters(query) for query in queries]
-
-
-def _checked_k(k: int) -> int:
-    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-        raise ValueError(f"k is {k!r}: accepted is a number of results from 1")
-    return int(k)

@@ -30,8 +30,8 @@ from torch import Tensor
 from irra_core.backbone import CHECKSUM, checksum
 from irra_core.batches import ALONE, Team
 from irra_core.checkpoints import save_tensors
-from irra_core.retrieval import check_unit
 from irra_core.runs import write_text
+from irra_core.search.encoding import check_unit
 from irra_core.search.hnsw import GRAPH
 from irra_core.search.nearest import Memory, Shard
 from irra_core.search.photo_table import photo_id

@@ -4,15 +4,15 @@ Each engine is imported on first use.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32
 
 from irra_core.batches import ALONE, Team
 from irra_core.evaluation import encode_texts
+from irra_core.search.encoding import checked_k, encoded_queries
 from irra_core.settings import unknown
 
 INDEXES = ("exact", "hnsw")
@@ -87,8 +87,17 @@ def model_fingerprint(model) -> str:
     return digest.hexdigest()
 
 
-def recall(store, features: Float32[np.ndarray, "queries dim"], k: int) -> float:
-    """The share of the true k nearest photos that the index of a store (Memory or Milvus) returns."""
+def recall(store, model, precision: str, k: int, queries: Sequence[str] | None) -> float:
+    """The share of the true k nearest photos that the index of a store (Memory or Milvus) returns.
+
+    The queries are sentences, or, where none are given, up to 1,000 of the store's photos.
+    """
+    k = checked_k(k)
+    if queries is None:
+        rows = np.random.default_rng(0).permutation(len(store))[:1000]
+        features = store.features_of(store.images.image_id.to_numpy()[rows])
+    else:
+        _, features = encoded_queries(model, queries, store.dim, precision)
     scores, ids = store.nearest(features, k)
     true = store.nearest(features, k, exact=True)[1]
     rows = zip(true, ids, np.isfinite(scores), strict=True)

@@ -22,10 +22,10 @@ from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 from test_retrieval import QUERIES, Interrupted, RandomModel, brute_force, model, photos, same_ranking, shard
 
-from irra_core import retrieval
 from irra_core.batches import ALONE, Team
 from irra_core.checkpoints import save_tensors
 from irra_core.retrieval import Gallery
+from irra_core.search import encoding
 from irra_core.search import folder as folders
 from irra_core.search.folder import HEAD, _read_part, _write_part, begin_folder, building
 from irra_core.search.hnsw import GRAPH
@@ -368,7 +368,7 @@ def test_a_gallery_of_format_1_is_loaded(model, photos, tmp_path, index, checked
 def test_a_folder_of_format_1_is_filled_up_in_format_2_and_loses_nothing(
     model, photos, tmp_path, monkeypatch, index, processes
 ):
-    monkeypatch.setattr(retrieval, "SHARD", 8)
+    monkeypatch.setattr(encoding, "SHARD", 8)
     folder = tmp_path / "gallery"
     Gallery.build(model, photos[:24], index=index, folder=folder)
     as_format_1(folder)
@@ -393,7 +393,7 @@ def test_a_folder_of_format_1_is_filled_up_in_format_2_and_loses_nothing(
 
 @pytest.mark.parametrize("index", ["exact", "hnsw"])
 def test_a_deleted_part_is_missed_and_a_second_build_makes_it_again(model, photos, tmp_path, monkeypatch, index):
-    monkeypatch.setattr(retrieval, "SHARD", 8)
+    monkeypatch.setattr(encoding, "SHARD", 8)
     Gallery.build(model, photos, index=index, folder=tmp_path / "gallery")
     (tmp_path / "gallery" / "part-00001.safetensors").unlink()
     with pytest.raises(ValueError, match=r"gallery has 22 of its 30 photos, a part is missing: .*Gallery\.build"):
@@ -407,7 +407,7 @@ def test_a_deleted_part_is_missed_and_a_second_build_makes_it_again(model, photo
 
 @pytest.mark.parametrize("index", ["exact", "hnsw"])
 def test_an_interrupted_build_goes_on_where_it_was(model, photos, tmp_path, monkeypatch, index):
-    monkeypatch.setattr(retrieval, "SHARD", 8)
+    monkeypatch.setattr(encoding, "SHARD", 8)
     with pytest.raises(KeyboardInterrupt):
         Gallery.build(model, photos, index=index, folder=tmp_path / "gallery", progress=Interrupted)
     assert model.encoded == 16
@@ -441,7 +441,7 @@ FORKS = multiprocessing.get_context("forkserver")
 def shared_out(table: str, folder: str, process: int, processes: int, together, pipe) -> None:
     """What a child process does: its share of one gallery after another, each begun at the same moment by all."""
     torch.set_num_threads(1)
-    retrieval.SHARD = 2
+    encoding.SHARD = 2
     photos, model = pd.read_parquet(table), RandomModel()
     for index in ("hnsw", "exact"):
         together.wait()
@@ -562,7 +562,7 @@ def test_a_second_build_of_the_same_share_stops_at_once_and_names_the_first(
 def rival(table: str, folder: str, processes: int, together, pipe) -> None:
     """What a child process does: it builds the same share of the same folder as all others, at the same moment."""
     torch.set_num_threads(1)
-    retrieval.SHARD = 2
+    encoding.SHARD = 2
     together.wait()
     try:
         pipe.send(len(Gallery.build(RandomModel(), pd.read_parquet(table), folder=folder, processes=processes)))

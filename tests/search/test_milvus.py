@@ -13,9 +13,8 @@ import pandas as pd
 import pytest
 from test_retrieval import QUERIES, Interrupted, RandomModel, brute_force, model, photos, same_ranking, shard
 
-from irra_core import retrieval
 from irra_core.retrieval import Gallery
-from irra_core.search import milvus
+from irra_core.search import encoding, milvus
 from irra_core.search.milvus import Milvus
 
 pytest.importorskip("pymilvus", reason="the extra [milvus] is not installed")
@@ -138,7 +137,7 @@ def test_a_gallery_is_opened_by_its_url_and_only_by_its_model(model, photos, url
 
 
 def test_an_interrupted_build_goes_on_where_it_was(model, photos, url, monkeypatch):
-    monkeypatch.setattr(retrieval, "SHARD", 8)
+    monkeypatch.setattr(encoding, "SHARD", 8)
     monkeypatch.setattr(milvus, "BATCH", 3)
     with pytest.raises(KeyboardInterrupt):
         Gallery.build(model, photos, url=url, progress=Interrupted)
@@ -175,7 +174,7 @@ def test_a_server_that_is_not_there_is_one_clear_error(model, photos):
 def test_a_lost_server_is_waited_for_then_named_and_nothing_is_lost(
     model, photos, server, monkeypatch, capfd, tmp_path
 ):
-    monkeypatch.setattr(retrieval, "SHARD", 8)
+    monkeypatch.setattr(encoding, "SHARD", 8)
     url = f"{server.url}#lost"
 
     class Cut(Interrupted):

@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 SMOKE_IDENTITIES, SMOKE_STEPS = 24, 3  # what IRRA_SMOKE=1 leaves of a run
+# On a CPU torch keeps the last 1,024 compiled operations, each with its memory. Captions have so many lengths that
+# training fills both caches with gigabytes and hardly reuses them. torch reads the sizes once, when it is imported.
+for _cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+    os.environ.setdefault(_cache, "128")
 
 
 def project_root() -> Path:

@@ -1,5 +1,6 @@
 """The faster linear map is torch's own, value and gradients, whatever the shapes, and a model needs not know of it."""
 
+import os
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import irra_core as irra
+from irra_core.objective import computes_bf16
 from irra_core.scale import cpu
 from irra_core.scale.cpu import accelerated, keep_freed_memory
 
@@ -140,3 +142,23 @@ def test_building_a_model_leaves_the_processs_memory_settings_alone():
     keep_freed_memory.cache_clear()
     irra.build_model(irra.recipe(pretrained="none"), 3)
     assert keep_freed_memory.cache_info().currsize == 0
+
+
+@pytest.mark.skipif(not computes_bf16(CPU), reason="only processors with bf16 compile an operation per shape")
+def test_a_process_keeps_few_of_the_operations_that_torch_compiles_for_each_length_of_a_batch():
+    source = (
+        "import irra_core, resource, torch\n"
+        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "weight, before = torch.randn(512, 128), 0\n"
+        "with torch.autocast('cpu', torch.bfloat16):\n"
+        "    for rows in range(1000, 4200, 8):\n"
+        "        torch.nn.functional.linear(torch.randn(rows, 128), weight)\n"
+        "        before = before or peak()\n"
+        "print(peak() - before)"
+    )
+    names, grown = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"), []
+    for given in ({}, dict.fromkeys(names, "1024")):  # the environment comes first
+        environment = {name: value for name, value in os.environ.items() if name not in names} | given
+        command = [sys.executable, "-c", source]
+        grown.append(int(subprocess.run(command, capture_output=True, text=True, env=environment).stdout))
+    assert grown[0] < 0.7 * grown[1]

@@ -21,6 +21,7 @@ from pandas import DataFrame
 from irra_core.analysis import plots
 from irra_core.analysis.explanations import explain, fill_masks
 from irra_core.augmentation import load_images
+from irra_core.checkpoints import replaced
 from irra_core.images import UnreadableImages, open_photo
 from irra_core.metrics import query_metrics
 from irra_core.recipes import recipe
@@ -32,6 +33,7 @@ THUMBNAIL = (192, 288)  # pixels: twice the size on the page, for high-resolutio
 LONGEST = 5000  # characters of a query: ten times as many as the model reads
 DEEP = 10_000  # ranks searched for the right photos
 CHOICES = (5, 10, 20, 50)  # values of k offered on the page
+WRITABLE = ("query", "k", "held")  # what the page may change; all else is what the kernel found
 
 Card = dict[str, Any]  # the page's data about one photo
 
@@ -88,6 +90,18 @@ class QueryExplorer(anywidget.AnyWidget):
         if picture is not None:
             self._show(picture)
 
+    def set_state(self, sync_data: dict[str, Any]) -> None:
+        """Take from the page what a person can do there, and nothing else: a sentence, a number of photos, a reference.
+
+        ipywidgets calls this with whatever a page sends.
+        """
+        taken = {name: value for name, value in sync_data.items() if name in WRITABLE}
+        taken |= {name: value[:LONGEST] for name, value in taken.items() if isinstance(value, str)}
+        if isinstance(taken.get("k"), bool) or taken.get("k") not in self.setup["choices"]:
+            taken.pop("k", None)
+        with contextlib.suppress(traitlets.TraitError):  # of another type than the page's
+            super().set_state(taken)
+
     @property
     def state(self) -> dict[str, Any]:
         """The arguments that restore this page: query, k, held and picture, as plain values."""
@@ -122,7 +136,8 @@ class QueryExplorer(anywidget.AnyWidget):
         words = "-".join(re.findall(r"[a-z0-9]+", text.lower()))[:40].strip("-")
         digest = hashlib.blake2b(repr((text, self.k, *self._results)).encode(), digest_size=4).hexdigest()
         file = folder / f"{words or 'query'}-{digest}.png"
-        figure.savefig(file, dpi=150, bbox_inches="tight")
+        with replaced(file) as aside:
+            figure.savefig(aside, format="png", dpi=150, bbox_inches="tight")
         lines = [f"“{text}”"]
         for strip, (name, gallery) in zip(self.view["strips"], self._galleries.items(), strict=True):
             said = [name, f"first {len(strip['cards'])} of {len(gallery.images):,} photos", strip["standing"]]
@@ -135,7 +150,7 @@ class QueryExplorer(anywidget.AnyWidget):
         """Show the results of the query."""
         self._serial += 1
         self._results, self._truth, self.note = {}, None, ""
-        text = whole_characters(self.query)[:LONGEST].strip()
+        text = _searched(self.query)
         view = {"serial": self._serial, "query": text, "words": [], "masks": 0, "strips": [], "truth": None}
         if not text:
             self.note = "Describe a person above" + (", or take an example." if self.setup.get("examples") else ".")
@@ -186,14 +201,15 @@ class QueryExplorer(anywidget.AnyWidget):
 
     def _note_moves(self, name: str, gallery, cards: list[Card]) -> None:
         """Add to each card its rank change since the held query ("new": not among the first 10 · k ranks of it)."""
-        if not self.held.strip():
+        held = _searched(self.held)
+        if not held:
             return
-        if (name, self.held) not in self._held_ranks:
-            table = gallery.search(self.held, 10 * self.k)
-            self._held_ranks = {(name, self.held): dict(zip(table["image_id"], table["rank"]))} | {
-                key: ranks for key, ranks in self._held_ranks.items() if key[1] == self.held
+        if (name, held) not in self._held_ranks:
+            table = gallery.search(held, 10 * self.k)
+            self._held_ranks = {(name, held): dict(zip(table["image_id"], table["rank"]))} | {
+                key: ranks for key, ranks in self._held_ranks.items() if key[1] == held
             }
-        before = self._held_ranks[name, self.held]
+        before = self._held_ranks[name, held]
         for card in cards:
             rank = before.get(card["image_id"])
             card["moved"] = "new" if rank is None else int(rank - card["rank"])
@@ -277,6 +293,11 @@ class QueryExplorer(anywidget.AnyWidget):
         except Exception as error:
             self.failure = error
             self.note = f"{what}: {error or type(error).__name__}"
+
+
+def _searched(text: str) -> str:
+    """The part of a text that is searched."""
+    return whole_characters(text[:LONGEST]).strip()
 
 
 def _known(gallery, annotations: DataFrame | None) -> DataFrame:

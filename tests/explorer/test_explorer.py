@@ -1,6 +1,7 @@
 """What the explorer sends to its page, with a gallery that ranks by a rule that anyone can follow."""
 
 import base64
+import errno
 import io
 import json
 import os
@@ -192,6 +193,52 @@ def test_a_pipe_or_a_bomb_in_a_photos_place_is_an_empty_frame(explorer, images, 
     assert [card["src"] != "" for card in cards(explorer)] == [False, True, True, True, True]
 
 
+def page_writes(explorer, **state):
+    """What ipywidgets does with a page's change of the widget's state."""
+    explorer._handle_msg({"content": {"data": {"method": "update", "state": state}}})
+
+
+def test_the_page_changes_what_a_person_can_and_nothing_else(explorer):
+    page_writes(explorer, query="red", k=20, held="blue")
+    assert (explorer.query, explorer.k, explorer.held) == ("red", 20, "blue")
+    kept = {name: getattr(explorer, name) for name in ("view", "setup", "explanation", "fills", "picture", "note")}
+    hostile = {"masks": 5_000_000, "serial": explorer._serial, "query": "x", "words": [], "strips": []}
+    page_writes(explorer, **dict.fromkeys(kept, hostile) | {"note": "x", "_esm": "x", "layout": "x", "comm": None})
+    assert {name: getattr(explorer, name) for name in kept} == kept
+    assert explorer._esm != "x"
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"k": 200},
+        {"k": 7},
+        {"k": True},
+        {"k": "5"},
+        {"k": [5]},
+        {"query": 3},
+        {"held": None},
+        {"query": ["red"]},
+        {1: 2},
+    ],
+)
+def test_a_value_that_no_person_can_enter_is_ignored(explorer, state):
+    page_writes(explorer, query="red")
+    before = explorer.state, explorer.view
+    page_writes(explorer, **{str(name): value for name, value in state.items()})
+    assert (explorer.state, explorer.view) == before
+
+
+def test_a_sentence_and_a_reference_are_cut_where_the_page_cuts_them(explorer, monkeypatch):
+    page_writes(explorer, query="red " * 10**6, held="blue " * 10**6)
+    assert (len(explorer.query), len(explorer.held)) == (module.LONGEST, module.LONGEST)
+    searched = []
+    search = FakeGallery.search
+    monkeypatch.setattr(FakeGallery, "search", lambda *args: searched.append(len(args[1])) or search(*args))
+    explorer.held = "green " * 10**6  # by code
+    assert max(searched) <= module.LONGEST
+
+
 @pytest.mark.parametrize(
     "message",
     [
@@ -272,6 +319,25 @@ def test_saving_writes_the_ranking_and_its_words_inside_the_folder(explorer, ann
     assert copy.view["strips"] == explorer.view["strips"]
     explorer.query = "../../etc/passwd <b>"
     assert explorer.save(tmp_path / "figures").parent == tmp_path / "figures"
+
+
+def test_a_figure_that_cannot_be_written_leaves_what_was_there_before(explorer, tmp_path, monkeypatch):
+    explorer.query = "red"
+    file = explorer.save(tmp_path)
+    before = file.read_bytes()
+
+    def full(figure, path, **_):
+        Path(path).write_bytes(b"half a figure")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module.Figure, "savefig", full)
+    with pytest.raises(OSError, match=r"No space left.*make room.*what was there before is intact"):
+        explorer.save(tmp_path)
+    assert file.read_bytes() == before
+    assert {path.suffix for path in tmp_path.iterdir() if path.is_file() and "photo" not in path.name} == {
+        ".png",
+        ".txt",
+    }
 
 
 def test_saving_before_a_search_tells_the_page_what_to_do(explorer):

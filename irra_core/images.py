@@ -3,13 +3,13 @@
 import contextlib
 import errno
 import hashlib
-import io
 import json
 import math
 import os
+import secrets
 import shutil
-import stat
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +20,7 @@ import PIL
 from filelock import FileLock
 from jaxtyping import UInt8
 from pandas import DataFrame
-from PIL import Image, ImageOps
+from PIL import Image
 
 from irra_core.annotations import load_annotations, photo_table
 from irra_core.recipes import Recipe
@@ -31,10 +31,6 @@ AHEAD = 32  # images per core that may wait in memory to be written: 5 MB at 384
 REMEMBERED = 8  # arrays that a process keeps open: a run needs one, transfer one per data set
 MOST_UNREADABLE = 0.01  # of a data set's photos; with more, a run does not begin
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # errors of a file system without locks
-# Pillow's other readers are left out: some start other programs (EPS), none is a photo's format.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
-MAX_BYTES = 2**30
-MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs: 256 MB of RGB
 
 
 class UnreadableImages(ValueError):
@@ -51,7 +47,7 @@ class UnreadableImages(ValueError):
 
 
 class ImageArray(NamedTuple):
-    """Decoded images: `pixels` are memory-mapped and read-only.
+    """Decoded images: `pixels` are memory-mapped and read-only; indexing checks each image at its first reading.
 
     `digest` is the SHA-256, in hex, of the files' bytes, in their order, and of the array's shape and version: the
     files' folder and times do not matter. `unreadable` is path → reason of the files that have no row in `pixels`.
@@ -184,7 +180,7 @@ def _key(files: list[str], size: tuple[int, int]) -> str:
     for file in files:
         try:
             found = os.stat(file)
-            about = f"{found.st_size} {found.st_mtime_ns}"
+            about = f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"  # the last cannot be set
         except (OSError, ValueError):  # ValueError: a NUL in the path
             about = "absent"
         digest.update(f"\0{file}\0{about}".encode(errors="surrogatepass"))
@@ -193,6 +189,9 @@ def _key(files: list[str], size: tuple[int, int]) -> str:
 
 def _complete(folder: Path, key: str, files: list[str], size: tuple[int, int]) -> ImageArray | None:
     """The finished array of the files, or None where it has to be made, or where an unreadable file is readable now."""
+    from irra_core.datasets.mapped import mapped
+    from irra_core.datasets.photos import read_photo
+
     try:
         about = json.loads((folder / f"{key}.json").read_text())
         listed, digest = set(about.get("unreadable", ())), about["digest"]
@@ -201,16 +200,21 @@ def _complete(folder: Path, key: str, files: list[str], size: tuple[int, int]) -
         if len(unreadable) < len(listed):
             return None
         readable = [file for file in files if file not in unreadable]
-        name = _key(readable, size) if unreadable else key
-        pixels = np.load(folder / f"{name}.npy", mmap_mode="r")
+        if unreadable:
+            about = json.loads((folder / f"{_key(readable, size)}.json").read_text())
+        pixels = mapped(folder / Path(about["array"]).name, (len(readable), 3, *size), about["checksums"])
     except (FileNotFoundError, EOFError, ValueError, KeyError, TypeError, AttributeError):  # absent, torn, or not ours
         return None
-    complete = pixels.shape == (len(readable), 3, *size) and pixels.dtype == np.uint8
-    return ImageArray(pixels, digest, unreadable) if complete else None
+    return ImageArray(pixels, digest, unreadable)
 
 
 def _make(folder: Path, key: str, files: list[str], size: tuple[int, int], progress: Callable | None) -> ImageArray:
-    """The array of the files that can be read, written aside and renamed, unless another process does so first."""
+    """The array of the files that can be read, written aside and renamed, unless another process does so first.
+
+    Each version of an array has a name of its own: a file that a process may have mapped is never written to.
+    """
+    from irra_core.datasets.mapped import mapped
+
     folder.mkdir(parents=True, exist_ok=True)
     _clear_abandoned(folder)
     with FileLock(folder / f"{key}.lock", fallback_to_soft=False):
@@ -222,22 +226,25 @@ def _make(folder: Path, key: str, files: list[str], size: tuple[int, int], progr
             if shutil.disk_usage(folder).free < 3 * math.prod(size) * len(files):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             with open(partial, "xb") as file:  # x: a link is not followed
-                digest, unreadable = _write(file, files, size, progress)
+                digest, checksums, unreadable = _write(file, files, size, progress)
             readable = [file for file in files if file not in unreadable]
             if not readable:
                 raise UnreadableImages(unreadable)
             if unreadable and _key(files, size) != key:  # the pixels would get the name of newer files
                 raise RuntimeError("photos changed while they were decoded: wait until all are copied, then repeat")
             name = _key(readable, size) if unreadable else key
+            array, earlier = folder / f"{name}.{secrets.token_hex(4)}.npy", list(folder.glob(f"{name}*.npy"))
+            about = {"digest": digest, "version": VERSION, "pillow": PIL.__version__, "array": array.name}
             for described, listed in {key: list(unreadable), name: []}.items():
-                about = {"digest": digest, "unreadable": listed, "version": VERSION, "pillow": PIL.__version__}
                 beside = folder / f"{described}.json"
                 beside.unlink(missing_ok=True)  # through a link, its target would be overwritten
-                beside.write_text(json.dumps(about))
-            os.replace(partial, folder / f"{name}.npy")  # last: an array under its name is complete
+                beside.write_text(json.dumps(about | {"unreadable": listed, "checksums": checksums}))
+            os.replace(partial, array)  # last: an array under its name is complete
+            for version in earlier:
+                version.unlink()
         finally:
             partial.unlink(missing_ok=True)
-        return ImageArray(np.load(folder / f"{name}.npy", mmap_mode="r"), digest, unreadable)
+        return ImageArray(mapped(array, (len(readable), 3, *size), checksums), digest, unreadable)
 
 
 def _clear_abandoned(folder: Path) -> None:
@@ -250,11 +257,11 @@ def _clear_abandoned(folder: Path) -> None:
 
 def _write(
     file: BinaryIO, files: list[str], size: tuple[int, int], progress: Callable | None
-) -> tuple[str, dict[str, str]]:
-    """Write header and pixels of the readable files through to the disk; gives the digest and the others' reasons."""
+) -> tuple[str, list[int], dict[str, str]]:
+    """Write header and pixels of the readable files; returns digest, each image's checksum, and the others' reasons."""
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), 3, *size)}
     np.lib.format.write_array_header_1_0(file, header)
-    digests, unreadable = [], {}
+    digests, checksums, unreadable = [], [], {}
     with progress_bar(progress, total=len(files), desc="decoding images", unit="image") as bar:
         for path, decoded in zip(files, decode_images(files, *size)):
             if isinstance(decoded, str):
@@ -262,13 +269,15 @@ def _write(
             else:
                 file.write(decoded[0])
                 digests.append(decoded[1])
+                checksums.append(zlib.crc32(decoded[0]))
             bar.update(1)
     shape = (len(digests), 3, *size)
     file.seek(0)
     np.lib.format.write_array_header_1_0(file, header | {"shape": shape})  # of equal length, whatever the count
     file.flush()
     os.fsync(file.fileno())
-    return hashlib.sha256(f"{VERSION} {shape}".encode() + b"".join(digests)).hexdigest(), unreadable
+    digest = hashlib.sha256(f"{VERSION} {shape}".encode() + b"".join(digests)).hexdigest()
+    return digest, checksums, unreadable
 
 
 Decoded = tuple[UInt8[np.ndarray, "3 h w"], bytes]  # a photo in the size asked for, the SHA-256 of its file's bytes
@@ -295,6 +304,8 @@ def decoded_array(files: list[str], height: int, width: int) -> tuple[UInt8[np.n
 
 def _decode(file: str, height: int, width: int) -> Decoded | str:
     """The photo resized bilinearly with antialias, or the reason why it cannot be read."""
+    from irra_core.datasets.photos import read_photo
+
     photo = read_photo(file)
     if isinstance(photo, str):
         return photo
@@ -304,65 +315,13 @@ def _decode(file: str, height: int, width: int) -> Decoded | str:
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)), photo.digest
 
 
-class Photo(NamedTuple):
-    """A file's picture, in RGB, and the SHA-256 of the file's bytes."""
-
-    image: Image.Image
-    digest: bytes
-
-
-def read_photo(file: str, least: tuple[int, int] | None = None) -> Photo | str:
-    """The file's first frame, upright, as RGB; or the reason why it cannot be read.
-
-    A JPEG is decoded in a fraction of its size, and of the time, where `least` (width, height) is enough.
-    """
-    try:
-        found = os.stat(file)
-        if not stat.S_ISREG(found.st_mode):  # reading a pipe would never end
-            return "is no regular file"
-        if found.st_size > MAX_BYTES:
-            return f"has {found.st_size:,} bytes, at most {MAX_BYTES:,} are read: save it smaller"
-        with open(file, "rb", buffering=0) as opened:  # half the time of Path.read_bytes
-            content = opened.read()
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            if math.prod(image.size) > MAX_PIXELS:
-                return f"has {math.prod(image.size):,} pixels, at most {MAX_PIXELS:,} are decoded: save it smaller"
-            if image.mode == "F":
-                return "has floating-point pixels of no known range: save it with 8 bits a channel"
-            if least:
-                image.draft("RGB", least)
-            photo = _rgb(image)
-            photo.load()  # an RGB file is not decoded so far
-            with contextlib.suppress(Exception):  # a broken EXIF entry says nothing; the pixels are fine
-                ImageOps.exif_transpose(photo, in_place=True)  # the released code ignores the entry
-        return Photo(photo, hashlib.sha256(content).digest())
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        return f"{error}: save it smaller"
-    except Exception as error:  # a broken file makes Pillow raise almost anything
-        size = os.path.getsize(file) if os.path.isfile(file) else 0
-        reason = "its content is no image" if isinstance(error, PIL.UnidentifiedImageError) else error
-        return f"{getattr(reason, 'strerror', None) or reason} ({size:,} bytes)"
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """The image as the released code sees it, Pillow's `convert("RGB")`: transparency is dropped, not blended.
-
-    16-bit greys are the exception: Pillow turns all above 255 white; here they keep their high byte.
-    """
-    if image.mode.startswith("I"):
-        grey = np.asarray(image)
-        if grey.min() < 0 or grey.max() > 65_535:
-            raise ValueError("its grey values are outside 0..65,535: save it with 8 bits a channel")
-        return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
-    image.info.pop("transparency", None)  # convert would warn of it, and drop it too
-    return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy
-
-
 def open_photo(path: str | Path, least: tuple[int, int] | None = None) -> Image.Image:
     """One photo in its own size, upright, in RGB; a JPEG smaller where `least` (width, height) is enough.
 
     Raises UnreadableImages.
     """
+    from irra_core.datasets.photos import read_photo
+
     photo = read_photo(os.fspath(path), least)
     if isinstance(photo, str):
         raise UnreadableImages({str(path): photo})

@@ -47,7 +47,7 @@ CORE = [
 SEAMS = {  # core file → rooms that it may import, inside functions only
     "recipes": ["hub"],
     "annotations": ["datasets"],
-    "images": ["synthetic"],
+    "images": ["datasets", "synthetic"],
     "batches": ["scale"],
     "interaction": ["variants"],
     "model": ["variants"],
@@ -66,7 +66,7 @@ ROOMS = {  # room → other rooms that it may import
     "scale": [],
     "search": [],
     "released": [],
-    "analysis": ["synthetic"],
+    "analysis": ["datasets", "synthetic"],
     "studies": ["analysis", "hub", "released", "synthetic"],
     "explorer": ["analysis"],
     "benchmark": ["released", "scale"],

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pandas import DataFrame
 
 from irra_core.annotations import SPLITS, common_folder
-from irra_core.images import left_out, read_photo
+from irra_core.datasets.photos import read_photo
+from irra_core.images import left_out
 
 # Images, captions and identities of each split, as the data sets' papers and the released code count them.
 PUBLISHED_COUNTS: dict[str, dict[str, dict[str, int]]] = {

@@ -13,6 +13,7 @@ from irra_core.benchmark import workloads
 from irra_core.benchmark.workloads import Bench, Row, Target
 from irra_core.objective import autocast
 from irra_core.released import clone as released
+from irra_core.synthetic.people import ALONE, VIEWS
 
 CPU = torch.device("cpu")
 SMALL = {"batch": 4, "batches": 2, "queries": 40, "gallery": 20, "people": 10, "features": 60}
@@ -177,6 +178,15 @@ def test_decoding_fills_a_cache_of_its_own_each_time(bench, tmp_path, monkeypatc
         assert len(rate.ours) == len(rate.other) == 2
     assert all(value < 1 for row in rows[1::2] for value in row.ours)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rendering_is_measured_in_photos_of_one_core(bench, monkeypatch):
+    monkeypatch.setattr(workloads, "make_synthetic", lambda folder, people: drawn.append(people))
+    drawn = []
+    (row,) = workloads.rendering(bench)
+    assert len(drawn) == bench.repeats + 1
+    assert len(row.ours) == bench.repeats
+    assert len(VIEWS) * max(drawn) < ALONE  # with more photos, worker processes would share the work
 
 
 def test_the_rows_of_a_gpu_are_not_measured_without_one_and_run_on_any_device(bench):

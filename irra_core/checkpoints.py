@@ -6,11 +6,9 @@ import math
 import os
 import re
 import secrets
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -29,18 +27,16 @@ from irra_core.backbone import (
     patch_grid,
     read_weights,
 )
-from irra_core.settings import default_device
 from irra_core.model import IRRA
 from irra_core.recipes import Recipe, patch_size, read_recipe
+from irra_core.settings import default_device
 
 FORMAT = "irra-core checkpoint 1"
 
 
 def save_checkpoint(model: IRRA, recipe: Recipe, path: str | Path, merge: bool = True) -> None:
     """Write the model's weights (see `weights_of`) and its recipe to a safetensors file, complete or not at all."""
-    num_ids = model.classifier.out_features if model.classifier is not None else 0
-    metadata = {"format": FORMAT, "recipe": recipe.to_json(), "num_ids": str(num_ids)}
-    save_tensors(weights_of(model, merge), path, metadata)
+    save_tensors(weights_of(model, merge), path, description(model, recipe))
 
 
 def weights_of(model: IRRA, merge: bool = True) -> dict[str, Tensor]:
@@ -161,7 +157,8 @@ def save_tensors(
 
     With `keep` the file that was there before is renamed to it once the new one is on the disk.
     """
-    tensors, metadata = {name: value.detach().contiguous() for name, value in tensors.items()}, dict(metadata or {})
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}  # read from a GPU once
+    metadata = dict(metadata or {})
     metadata[CHECKSUM] = checksum(tensors, metadata)
     with replaced(path) as aside:
         save_file(tensors, aside, metadata)
@@ -169,59 +166,6 @@ def save_tensors(
         if keep is not None and Path(path).exists():
             flush(aside)
             os.replace(path, keep)
-
-
-class State(NamedTuple):
-    """What an interrupted training resumes from; `about` holds JSON values."""
-
-    weights: dict[str, Tensor]
-    moments: dict[int, dict[str, Tensor]]  # of the optimiser, by the parameter's number
-    about: dict[str, Any]
-
-
-def save_state(
-    model: torch.nn.Module, optimiser: torch.optim.Optimizer, about: Mapping[str, Any], path: Path, keep: Path
-) -> None:
-    """Write a training's state to one file, so that no part is older than the others; the old file becomes `keep`."""
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    for index, moments in optimiser.state_dict()["state"].items():
-        tensors |= {f"optimiser.{index}.{name}": value for name, value in moments.items()}
-    save_tensors(tensors, path, {"run": json.dumps(about)}, keep)
-
-
-def load_state(path: Path) -> State:
-    """The state that `save_state` wrote. Raises ValueError if the file is damaged."""
-    tensors, metadata = read_weights(path)
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimiser."):
-            _, index, moment = name.split(".")
-            moments.setdefault(int(index), {})[moment] = tensor
-    weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-    try:
-        return State(weights, moments, json.loads(metadata["run"]))
-    except KeyError as error:
-        raise ValueError(f"{path} is not a training's state: its metadata has no {error}") from error
-
-
-def last_state(*files: Path) -> State | None:
-    """The first intact state among the files, newest first, if there is one; warns of the damaged ones before it."""
-    damaged = []
-    for file in files:
-        if not file.exists():
-            continue
-        try:
-            state = load_state(file)
-        except ValueError as error:
-            damaged.append(str(error))
-            continue
-        if damaged:
-            step = state.about["step"]
-            warnings.warn(f"{damaged[0]}. Going on from the state before it, of step {step}", stacklevel=3)
-        return state
-    if damaged:
-        warnings.warn(f"{'; '.join(damaged)}. No state is whole: training begins again at step 0", stacklevel=3)
-    return None
 
 
 def _sort_metadata(path: Path) -> None:

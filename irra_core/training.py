@@ -5,7 +5,6 @@ import json
 import math
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from irra_core.annotations import hold_out, photo_table
 from irra_core.augmentation import on_device, resides
 from irra_core.backbone import build_model, made_general, read_weights
 from irra_core.batches import ALONE, Batch, Batches, Team
-from irra_core.checkpoints import last_state, load_checkpoint, load_weights, save_checkpoint, save_state, save_tensors
+from irra_core.checkpoints import load_checkpoint, load_weights, save_checkpoint, save_tensors
 from irra_core.evaluation import Evaluation, evaluate, gain, known_ceiling, known_twins, scores
 from irra_core.images import image_array, left_out
 from irra_core.model import IRRA
@@ -45,15 +44,15 @@ def train(
 ) -> Iterator[dict[str, Any]]:
     """Train a recipe in a run folder; yields one row of history per evaluation and then writes the test scores.
 
-    An interrupted run in the folder is resumed from its last evaluation, bit for bit as if it had never stopped; a
-    finished one only yields its history again. The run folder then holds recipe.json, history.csv, metrics.json,
-    queries.csv, machine.json, the selected weights and, where open_annotations left photos out, unreadable.csv. The
-    split named by `recipe.select_on` selects the weights; test is read once, at the end (`select_on="test"` reads it at
-    every evaluation, as the released code). With several `processes` torchrun starts them on this machine, each on its
-    own GPU if there are GPUs; they share the same batches, so the run differs by rounding only. `progress` is a
-    tqdm-like class; `data` is the table's `runs.data_digest`, if known. Raises ValueError if the folder holds another
-    run or the table cannot train, RuntimeError if another process trains in it (with `wait` its run is waited for and
-    taken), FloatingPointError at a loss that is not finite (see `replay`).
+    An interrupted run in the folder is resumed from its last evaluation, on a CPU bit for bit as if it had never
+    stopped (on a GPU: docs/determinism.md); a finished one only yields its history again. The run folder then holds
+    recipe.json, history.csv, metrics.json, queries.csv, machine.json, the selected weights and, where open_annotations
+    left photos out, unreadable.csv. The split named by `recipe.select_on` selects the weights; test is read once, at
+    the end (`select_on="test"` reads it at every evaluation, as the released code). With several `processes` torchrun
+    starts them on this machine, each on its own GPU if there are GPUs; they share the same batches, so the run differs
+    by rounding only. `progress` is a tqdm-like class; `data` is the table's `runs.data_digest`, if known. Raises
+    ValueError if the folder holds another run or the table cannot train, RuntimeError if another process trains in it
+    (with `wait` its run is waited for and taken), FloatingPointError at a loss that is not finite (see `replay`).
     """
     check_processes(processes, recipe)
     folder = Path(folder)
@@ -157,8 +156,8 @@ def optimise(objective: Objective, optimiser: torch.optim.Adam, batch: Batch) ->
     optimiser.zero_grad(set_to_none=True)
     parts = objective(batch)
     numbers = torch.cat([parts, gradient_norm(objective.model)[None]])
-    broken = (~torch.isfinite(numbers).all()).float()
-    optimiser.found_inf.copy_(torch.maximum(optimiser.found_inf, broken))
+    broken = ((numbers * 0).sum() != 0).float()  # of a number that is not finite, NaN
+    torch.maximum(optimiser.found_inf, broken, out=optimiser.found_inf)
     optimiser.step()
     return numbers
 
@@ -189,6 +188,10 @@ class _Run:
     def __init__(
         self, recipe: Recipe, annotations: DataFrame, pixels: np.ndarray, folder: Path, progress, team: Team = ALONE
     ):
+        from irra_core.scale.machine import forget_peak
+        from irra_core.scale.saving import Saver
+
+        forget_peak()  # of a run before this one in the same process
         self.recipe, self.annotations, self.pixels = recipe, annotations, pixels
         self.folder, self.progress, self.team = folder, progress, team
         self.device = default_device()
@@ -208,6 +211,7 @@ class _Run:
         self.hard_pids = known_twins(annotations, recipe)
         self.total = min(recipe.epochs * self.batches.steps_per_epoch, recipe.max_steps or math.inf)
         self.every = recipe.evaluate_every or self.batches.steps_per_epoch
+        self.saver = Saver(folder, recipe)
         self.resume()
 
     def initial_model(self, recipe: Recipe) -> IRRA:
@@ -219,10 +223,14 @@ class _Run:
         return learning_rate(step // self.batches.steps_per_epoch, self.recipe)
 
     def fit(self) -> Iterator[dict[str, Any]]:
-        """Take the remaining steps; yields a row per evaluation, once everything that a resume needs is on the disk."""
+        """Take the remaining steps; yields a row per evaluation, while what a resume needs is written to the disk.
+
+        If this process is killed before it is written, a resume takes the last steps again, on a CPU with the same
+        result (on a GPU: docs/determinism.md).
+        """
         sums, since = 0.0, self.step
         shown = {"total": self.total, "initial": self.step, "unit": "step", "desc": self.recipe.losses}
-        with progress_bar(self.progress, **shown) as bar:
+        with self.saver, progress_bar(self.progress, **shown) as bar:
             while self.step < self.total:
                 began = time.perf_counter()
                 for group in self.optimiser.param_groups:
@@ -230,6 +238,7 @@ class _Run:
                 self.unread.append(optimise(self.objective, self.optimiser, self.batches.at(self.step, *self.team)))
                 sums = sums + self.unread[-1][:-1]
                 self.step += 1
+                self.saver.check()
                 evaluates = self.step % self.every == 0 or self.step == self.total
                 if evaluates or self.step % READ_LOSSES_EVERY == 0:
                     self.check_finite()
@@ -239,8 +248,7 @@ class _Run:
                 if evaluates:
                     row = self.evaluation_row((sums / (self.step - since)).tolist())
                     sums, since = 0.0, self.step
-                    if self.team.leads:
-                        self.save_state()
+                    self.save()
                     yield row
 
     def check_finite(self) -> None:
@@ -270,7 +278,7 @@ class _Run:
         save_tensors(batch, self.folder / runs.FAILED_BATCH, about)
 
     def evaluation_row(self, losses: list[float]) -> dict[str, Any]:
-        """The row of history of an evaluation on the selecting split; keeps the weights if they are the best so far."""
+        """The row of history of an evaluation on the selecting split; notes whether it is the best so far."""
         recipe = self.recipe
         epoch = self.step / self.batches.steps_per_epoch
         row = {"epoch": round(epoch, 4), "step": self.step, "lr": self.learning_rate(self.step - 1)}
@@ -282,16 +290,8 @@ class _Run:
         score = self.step if recipe.select_on == "last" else row[f"{split}_R1"]
         if score > self.best_score:
             self.best_step, self.best_score = self.step, score
-            self.save_weights()
         self.history.append(row)
-        if self.team.leads:
-            runs.write_text(self.folder / "history.csv", DataFrame(self.history).to_csv(index=False))
         return row
-
-    def save_weights(self) -> None:
-        """Write the current weights as the selected ones."""
-        if self.team.leads:
-            save_checkpoint(self.model, self.recipe, self.folder / runs.WEIGHTS)
 
     def evaluated(self, model: IRRA, split: str) -> Evaluation:
         """The scores of a model on one split of this run's data."""
@@ -301,35 +301,28 @@ class _Run:
         self.seconds["evaluation"] = self.seconds.get("evaluation", 0.0) + time.perf_counter() - began
         return found
 
-    def save_state(self) -> None:
-        """Write what a resume needs; the state before it is kept too."""
+    def save(self) -> None:
+        """Begin to write what a resume needs, and the weights if they are the best so far (see scale.saving)."""
         about = {"step": self.step, "best": [self.best_step, self.best_score]}
-        about |= {"history": self.history, "seconds": self.seconds}
-        save_state(self.model, self.optimiser, about, self.folder / runs.STATE, keep=self.folder / runs.STATE_BEFORE)
+        if self.team.leads:
+            self.saver.save(self.model, self.optimiser, about | {"history": self.history, "seconds": self.seconds})
 
     def resume(self) -> None:
         """Continue from the last evaluation, if there was one."""
-        if (state := last_state(self.folder / runs.STATE, self.folder / runs.STATE_BEFORE)) is None:
-            return
-        step, (best_step, best_score), lost = state.about["step"], state.about["best"], None
-        if best_step:
-            try:
-                read_weights(self.folder / runs.WEIGHTS)
-            except (OSError, ValueError) as error:
-                lost = str(error)
-        if lost and best_step != step:
-            warnings.warn(f"{lost}. They were of step {best_step}: training begins again at step 0", stacklevel=2)
+        from irra_core.scale.saving import last_state, save_weights
+
+        if (state := last_state(self.folder)) is None:
             return
         self.model.load_state_dict(state.weights)
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state.moments})
-        self.step, self.history, self.seconds = step, state.about["history"], state.about["seconds"]
-        self.best_step, self.best_score = best_step, best_score
-        if lost:
-            warnings.warn(f"{lost}. They are those of the kept state, and written again", stacklevel=2)
-            self.save_weights()
+        self.step, self.history, self.seconds = (state.about[name] for name in ("step", "history", "seconds"))
+        self.best_step, self.best_score = state.about["best"]
+        if state.selected and self.team.leads:
+            save_weights(self.model, self.recipe, self.folder, self.step)
 
     def finish(self, counts: dict[str, int]) -> None:
         """Write metrics.json, which begins with `counts`, queries.csv and machine.json: test is read here, once."""
+        from irra_core.scale.machine import run_machine
         from irra_core.variants.adapters import merge
 
         metrics: dict[str, Any] = {"selected": {"on": self.recipe.select_on, "step": self.best_step}} | counts
@@ -349,7 +342,9 @@ class _Run:
                 runs.write_text(self.folder / "queries.csv", columns.to_csv(index=False))
         if not self.team.leads:
             return
-        runs.write_text(self.folder / "machine.json", json.dumps(self.machine(), indent=2))
+        machine = run_machine(self.model, self.optimiser, self.seconds, self.step * self.recipe.batch_size)
+        machine |= {"processes": self.team.processes, "precision": self.precision}
+        runs.write_text(self.folder / "machine.json", json.dumps(machine, indent=2))
         runs.write_text(self.folder / "metrics.json", json.dumps(metrics, indent=2))
         runs.clear(self.folder)
 
@@ -361,23 +356,6 @@ class _Run:
         yield "untrained", self.initial_model(self.recipe.replace(**PLAIN))
         if self.recipe.pretrained != "none":
             yield "pretrained", self.initial_model(self.recipe)
-
-    def machine(self) -> dict[str, Any]:
-        """Versions, device, threads, parameters, seconds, peak memory and throughput of this run."""
-        gpu = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
-        trained = sum(p.numel() for group in self.optimiser.param_groups for p in group["params"])
-        from irra_core.scale.machine import machine, peak_memory
-
-        return machine() | {
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "trainable_parameters": trained,
-            "processes": self.team.processes,
-            "precision": self.precision,
-            "seconds": self.seconds,
-            "images_per_second": self.step * self.recipe.batch_size / max(self.seconds["training"], 1e-9),
-            "peak_memory_bytes": peak_memory(),
-            "peak_gpu_memory_bytes": gpu,
-        }
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -7,7 +7,8 @@ What a test can prove with it:
 - no operation mixes a CPU tensor with a GPU tensor (torch raises, as it does on a GPU);
 - dtypes, devices, shapes and strides of results and gradients;
 - that the host does not wait for the GPU: `waits` lists every operation for which it would (`item`, `nonzero`,
-  `equal`, a copy to the CPU);
+  `equal`, a copy to the CPU that is not into pinned memory);
+- that nothing is copied to the CPU twice: `reads` lists every such copy;
 - that copies to the GPU can overlap with its work: `slow` lists every copy from memory that is not pinned or not dense,
   or that is not asynchronous;
 - how many operations, casts and bytes a step dispatches (`operations`, `views`, `casts`, `cast_elements`).
@@ -62,6 +63,7 @@ class FakeCuda(TorchDispatchMode):
         self.pinned: set[int] = set()  # addresses of pinned memory
         self.waits: list[str] = []
         self.slow: list[tuple[tuple[int, ...], tuple[int, ...]]] = []  # shape and strides of each
+        self.reads: list[tuple[int, ...]] = []  # shapes of all copies to the CPU
         self.operations: Counter[str] = Counter()  # on the GPU, by name, views left out
         self.views = self.casts = self.cast_elements = 0
         self._in_backward, self._run_backward = False, torch.autograd._engine_run_backward
@@ -70,6 +72,7 @@ class FakeCuda(TorchDispatchMode):
         """Forget what was recorded so far."""
         self.waits.clear()
         self.slow.clear()
+        self.reads.clear()
         self.operations.clear()
         self.views = self.casts = self.cast_elements = 0
 
@@ -92,7 +95,11 @@ class FakeCuda(TorchDispatchMode):
             return func(*args, **kwargs)
         if op in (aten._local_scalar_dense, aten.equal, aten.nonzero) or (op is aten._to_copy and to == "cpu"):
             self.waits.append(str(func))
+            if op is aten._to_copy:
+                self.reads.append(tuple(first.shape))
             return _made_up(op, first, kwargs.get("dtype"))
+        if op is aten.copy_ and not isinstance(first, fake_tensor.FakeTensor):
+            return self._read(func, *args)
         self._record(func, first, to, kwargs)
         with self.fakes:
             return func(*args, **kwargs)
@@ -102,6 +109,13 @@ class FakeCuda(TorchDispatchMode):
         pinned = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(tensor)
         self.pinned.add(pinned.untyped_storage().data_ptr())
         return pinned
+
+    def _read(self, func, target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        """A copy from the GPU into a tensor on the CPU: the host does not wait if it is asynchronous and pinned."""
+        self.reads.append(tuple(source.shape))
+        if not (non_blocking and target.untyped_storage().data_ptr() in self.pinned):
+            self.waits.append(str(func))
+        return target.copy_(_made_up(aten._to_copy, source, target.dtype))
 
     def _record(self, func, first, to: str | None, kwargs) -> None:
         if func.is_view:

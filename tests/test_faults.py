@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -25,11 +26,13 @@ import irra_core as irra
 from irra_core import backbone, images, runs, training
 from irra_core.backbone import read_weights
 from irra_core.evaluation import METRICS
-from irra_core.scale import distributed
+from irra_core.scale import distributed, saving
 from irra_core.training import train
 
 PROJECT = Path(__file__).parent.parent
 PHASES = ("images", "step", "state", "weights", "metrics")  # what a process may be doing when it is killed
+FILES = {runs.STATE: "state", runs.WEIGHTS: "weights"}  # begun in the background, state first
+SENDING = threading.Lock()  # a pipe is for one thread at a time
 KEPT = "kept.safetensors"  # beside a run folder: its last state, which a run that ends well deletes
 LONGEST = {"images": 0.05, "step": 0.3, "state": 0.1, "weights": 0.05, "metrics": 0.3}  # seconds in it before the kill
 TINY = {"pretrained": "none", "batch_size": 8, "epochs": 2, "max_steps": 5, "evaluate_every": 2}
@@ -38,11 +41,12 @@ TINY = {"pretrained": "none", "batch_size": 8, "epochs": 2, "max_steps": 5, "eva
 FORKS = multiprocessing.get_context("forkserver")
 
 
-def tell(pipe, name, function):
-    """The function, which says through the pipe that it begins."""
+def tell(pipe, named, function):
+    """The function, which says through the pipe that it begins: a name, or one that depends on its arguments."""
 
     def told(*args, **kwargs):
-        pipe.send(name)
+        with SENDING:
+            pipe.send(named if isinstance(named, str) else named(*args))
         return function(*args, **kwargs)
 
     return told
@@ -62,8 +66,7 @@ def trained(table: str, folder: str, cache: str, pipe=None) -> None:
     if pipe:
         images._write = tell(pipe, "images", images._write)
         training.optimise = tell(pipe, "step", training.optimise)
-        training.save_state = tell(pipe, "state", training.save_state)
-        training.save_checkpoint = tell(pipe, "weights", training.save_checkpoint)
+        saving.save_tensors = tell(pipe, lambda tensors, path, metadata: FILES[path.name], saving.save_tensors)
         training._Run.finish = tell(pipe, "metrics", training._Run.finish)
     recipe = irra.recipe(**TINY)
     for _ in train(recipe, pd.read_parquet(table), folder):
@@ -242,11 +245,20 @@ def test_who_needs_the_same_run_waits_for_the_process_that_trains_it_and_takes_i
     same(folder, unharmed.folder)
 
 
+def until_saved(folder: Path) -> None:
+    """Return once a run's first save is on the disk; the selected weights are its last file."""
+    until = time.monotonic() + 60
+    while not (folder / runs.WEIGHTS).exists():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 def test_a_disk_that_is_full_is_one_error_and_the_last_state_stays_whole(unharmed, one_thread, annotations, tmp_path):
     resource = pytest.importorskip("resource")
     recipe, folder = irra.recipe(**TINY), tmp_path / "run"
     running = train(recipe, annotations, folder)
     next(running)
+    until_saved(folder)
     before = (folder / runs.STATE).read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))  # no file may grow beyond 1 MiB

@@ -14,6 +14,7 @@ import irra_core as irra
 from irra_core import images, objective, runs, training
 from irra_core.analysis.checks import check_annotations
 from irra_core.annotations import hold_out
+from irra_core.evaluation import METRICS
 from irra_core.losses import total_loss
 from irra_core.objective import half_weights, step_precision
 from irra_core.synthetic.pretraining import pretrained_general
@@ -382,6 +383,24 @@ def test_a_run_with_no_whole_state_says_so_and_begins_again(halfway, annotations
     flip(tmp_path / "run" / runs.STATE_BEFORE)
     with pytest.warns(UserWarning, match="No state is whole: training begins again"):
         assert list(train(recipe, annotations, tmp_path / "run")) == whole
+
+
+def test_weights_of_an_abandoned_branch_are_lost_ones(tiny, annotations, tmp_path, monkeypatch):
+    """A run killed between weights and state, then resumed with another rounding, in which its step 4 scores less."""
+    values = iter([50.0, 50.0, 60.0])
+    monkeypatch.setattr(training, "scores", lambda queries: dict.fromkeys(METRICS, (next(values, 40.0), 0.0, 0.0)))
+    running = train(tiny, annotations, tmp_path / "before")
+    next(running)
+    running.close()
+    shutil.copytree(tmp_path / "before", tmp_path / "run")
+    running = train(tiny, annotations, tmp_path / "after")
+    assert [next(running)["step"], next(running)["step"]] == [2, 4]
+    running.close()
+    shutil.copyfile(tmp_path / "after" / runs.WEIGHTS, tmp_path / "run" / runs.WEIGHTS)
+    list(train(tiny, annotations, tmp_path / "run"))
+    assert runs.load_run(tmp_path / "run")["metrics"]["selected"]["step"] == 2
+    expected, got = weights(tmp_path / "before"), weights(tmp_path / "run")
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("damage", [flip, tear])

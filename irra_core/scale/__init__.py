@@ -1,1 +1,1 @@
-"""Training on several processes, batches in pieces, and faster linear maps on some CPUs."""
+"""Training on several processes, batches in pieces, saves in the background, and faster linear maps on some CPUs."""

@@ -1,11 +1,14 @@
-"""This machine → its versions, device, threads and peak memory."""
+"""This machine → its versions, device, threads and peak memory; what a run cost on it."""
 
+import contextlib
 import platform
 import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from irra_core.settings import cores
 
@@ -17,10 +20,30 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def forget_peak() -> None:
+    """Measure peak memory from now on, of the GPU too; that of the process only where the system can (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def run_machine(
+    model: torch.nn.Module, optimiser: torch.optim.Optimizer, seconds: dict[str, float], photos: int
+) -> dict[str, Any]:
+    """This machine and what a run cost on it: parameters, seconds, throughput, peak memory since `forget_peak`."""
+    return machine() | {
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "trainable_parameters": sum(w.numel() for group in optimiser.param_groups for w in group["params"]),
+        "seconds": seconds,
+        "images_per_second": photos / max(seconds["training"], 1e-9),
+        "peak_memory_bytes": peak_memory(),
+        "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+    }
+
+
 def machine() -> dict[str, Any]:
     """Everything about this machine that can change rounding or speed: versions, device, threads."""
-    import torch
-
     packages = ("irra-core", "torch", "open_clip_torch", "numpy", "pandas", "pillow")
     cuda = torch.cuda.is_available()
     return {

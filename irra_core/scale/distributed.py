@@ -68,7 +68,7 @@ def run_process(train: Callable[..., Iterator[dict[str, Any]]], arguments: list[
     if runs.finished(given.folder):
         return
     recipe, annotations = runs.load_run(given.folder)["recipe"], read_table(given.folder)
-    with joined() as team, telling_errors(given.tell and team.leads):
+    with joined() as team, telling_errors(given.tell, team):
         check_processes(team.processes, recipe)
         progress = (ToldBar if given.tell else tqdm) if team.leads else None
         if team.leads:
@@ -125,17 +125,17 @@ class ToldBar:
 
 
 @contextmanager
-def telling_errors(wanted: bool = True) -> Iterator[None]:
-    """Context manager that reports an error to `launched` before it raises the error, so that both can raise it.
+def telling_errors(wanted: bool, team: Team) -> Iterator[None]:
+    """Context manager that with `wanted` reports an error to `launched` before it raises the error here too.
 
-    The other processes wait 2 s before they raise, because torchrun ends all processes when one ends.
+    All processes but the first wait 2 s before they raise, because torchrun ends all processes when one ends.
     """
     try:
         yield
     except Exception as error:
         if wanted:
             tell("error", [type(error).__name__, str(error)])
-        elif "RANK" in os.environ:
+        if not team.leads:
             time.sleep(2)
         raise
 
@@ -143,8 +143,9 @@ def telling_errors(wanted: bool = True) -> Iterator[None]:
 def launched(module: str, folder: Path, processes: int, progress=None) -> Iterator[dict[str, Any]]:
     """Run a module on a folder in several processes of this machine with torchrun; yields the rows that it reports.
 
-    Shows their progress bar with `progress`. Raises the error of process 0, or RuntimeError with the last lines of
-    output if a process failed in another way. All processes end when the iteration ends.
+    Shows their progress bar with `progress`. Raises the first error that a process reports, since errors of the others
+    follow from it, or RuntimeError with the last lines of output if a process failed in another way. All processes end
+    when the iteration ends.
     """
     if 0 < torch.cuda.device_count() < processes:
         raise ValueError(f"processes is {processes}: this machine has only {torch.cuda.device_count()} GPUs")
@@ -171,7 +172,7 @@ def launched(module: str, folder: Path, processes: int, progress=None) -> Iterat
             report = json.loads(line.removeprefix(PREFIX))
             if "row" in report:
                 yield report["row"]
-            error = report.get("error", error)
+            error = error or report.get("error")
             bar.show(report.get("bar"))
         if started.wait():
             kind, message = error or ("RuntimeError", f"one of {processes} processes failed:\n{''.join(last)}")

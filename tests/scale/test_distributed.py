@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import irra_core as irra
 from irra_core import runs
 from irra_core.batches import ALONE, Team
+from irra_core.scale import distributed
 from irra_core.scale.distributed import launched, prepare_run
 from irra_core.training import main, train
 
@@ -185,6 +186,33 @@ def test_a_loss_that_is_no_number_is_told_and_kept_however_long_the_first_proces
         list(launched("slow_training", folder, 2))
     assert (folder / runs.FAILED).exists()
     assert (folder / runs.FAILED_BATCH).exists()
+
+
+BROKEN = """
+import os, sys
+from pathlib import Path
+from irra_core import objective, training
+real, calls = objective.total_loss, []
+def broken(*given, **named):  # between the forward pass and the backward pass, in which process 0 waits for process 1
+    calls.append(given)
+    if os.environ["RANK"] == "1" and len(calls) == 2:
+        Path(sys.argv[1], "raised").touch()
+        raise LookupError("the second process is broken")
+    return real(*given, **named)
+objective.total_loss = broken
+training.main(sys.argv[1:])
+"""
+
+
+def test_an_error_of_the_second_process_within_a_step_ends_all_within_30_s_and_is_raised(
+    annotations, tiny, tmp_path, monkeypatch
+):
+    (tmp_path / "broken_training.py").write_text(BROKEN)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(distributed, "launched", lambda module, *given: launched("broken_training", *given))
+    with pytest.raises(RuntimeError, match="the second process is broken"):
+        list(train(tiny, annotations, tmp_path / "run", processes=2))
+    assert time.time() - (tmp_path / "run" / "raised").stat().st_mtime < 30
 
 
 @pytest.mark.parametrize("processes", [0, -1, 9])

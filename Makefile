@@ -1,6 +1,7 @@
 # Every target does its own set-up: a machine with Python 3.11 or newer and make needs nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
+UV := uv==0.13.9
 REPORTS := $(or $(IRRA_REPORTS),reports)
 LATEST := $(REPORTS)$(if $(filter-out 0,$(IRRA_SMOKE)),/smoke)/latest
 BENCH := $(REPORTS)$(if $(filter-out 0,$(IRRA_SMOKE)),/smoke)/benchmark
@@ -18,7 +19,7 @@ train: .venv/ready  ## trains on the default data set; ARGS="-p dataset rstp -p 
 	@echo "      notebook: $$(realpath "$(LATEST)")/train.ipynb"
 	@echo "          html: $$(realpath "$(LATEST)")/train.html"
 
-test: .venv/ready lint  ## everything that continuous integration checks
+test: .venv/milvus lint  ## everything that continuous integration checks
 	@if [ "$$CI" = true ]; then $(MAKE) browser; fi
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 	$(MAKE) notebooks
@@ -31,7 +32,7 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/nbstripout --keep-count --verify notebooks/*.ipynb
 
-notebooks: .venv/ready  ## every notebook, shrunken, cell by cell; then one as a user types it
+notebooks: .venv/milvus  ## every notebook, shrunken, cell by cell; then one as a user types it
 	rm -rf reports/smoke
 	$(BIN)/python -m pytest -m notebook
 	IRRA_SMOKE=1 $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 notebooks
@@ -73,15 +74,22 @@ browser: .venv/ready  ## Chromium, in which make test uses the explorer; without
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -q && apt-get install -q -y chromium; \
 	else echo "install Chromium: sudo apt-get install -y chromium (or your system's way)"; fi
 
-lock: .venv/ready  ## refreshes requirements.lock from pyproject.toml
-	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/python -m uv pip compile --quiet --universal --upgrade --no-emit-index-url --no-header --extra test pyproject.toml -o requirements.lock
+LOCK := pip compile --quiet --universal --upgrade --no-emit-index-url --no-header --generate-hashes
+lock: .venv/ready  ## refreshes requirements.lock, and the lock of the Milvus server for the tests, from pyproject.toml
+	$(BIN)/python -m pip install --quiet $(UV)
+	$(BIN)/python -m uv $(LOCK) --extra test pyproject.toml -o requirements.lock
+	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['milvus-server'], sep='\n')" \
+		| $(BIN)/python -m uv $(LOCK) --no-annotate - -o requirements-milvus.lock
 
 .venv/ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11')"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV) \
 		&& $(BIN)/python -m uv pip install --quiet --python $(BIN)/python -r requirements.lock \
 		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch .venv/ready
+
+.venv/milvus: .venv/ready requirements-milvus.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-milvus.lock
+	@touch .venv/milvus

@@ -69,7 +69,7 @@ ROOMS = {  # room → other rooms that it may import
     "analysis": ["datasets", "synthetic"],
     "studies": ["analysis", "hub", "released", "synthetic"],
     "explorer": ["analysis"],
-    "benchmark": ["released", "scale"],
+    "benchmark": ["released", "scale", "synthetic"],
     "hub": [],
 }
 # What a room may import of the core, where that is not all of it.
@@ -287,31 +287,62 @@ def test_every_public_name_stays():
             assert hasattr(getattr(irra, room), name), f"{room}.{name}"
 
 
-def locked() -> dict[str, str]:
-    """Package → version in the lock."""
-    lines = (ROOT / "requirements.lock").read_text().splitlines()
+LOCKS = ("requirements.lock", "requirements-milvus.lock")
+
+
+def locked(name: str = "requirements.lock") -> dict[str, str]:
+    """Package → version in a lock."""
+    lines = (ROOT / name).read_text().splitlines()
     found = [re.match(r"([\w.-]+)==([\w.]+)", line) for line in lines]
     return {canonicalize_name(match[1]): match[2] for match in found if match}
 
 
 def test_the_lock_holds_every_requirement_in_an_accepted_version():
-    extras = [name for extra in ("test", "milvus") for name in PROJECT["optional-dependencies"].get(extra, [])]
-    versions = locked()
-    for line in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["test"]]:
+    extras, versions = PROJECT["optional-dependencies"], locked()
+    for line in [*PROJECT["dependencies"], *extras["test"], *extras["milvus"]]:
         requirement = Requirement(line)
         assert versions[canonicalize_name(requirement.name)] in requirement.specifier, line
-    assert extras
+
+
+def test_the_milvus_server_is_locked_apart_and_installed_by_the_tests_alone():
+    (line,) = PROJECT["optional-dependencies"]["milvus-server"]
+    server = Requirement(line)
+    assert {name: version in server.specifier for name, version in locked(LOCKS[1]).items()} == {server.name: True}
+    assert server.name not in locked()
+    needs = dict(re.findall(r"^([\w./-]+):([^#=\n]*)", (ROOT / "Makefile").read_text(), re.M))
+    assert {target for target, needed in needs.items() if ".venv/milvus" in needed.split()} == {"test", "notebooks"}
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_every_locked_package_has_the_hashes_of_its_files(name):
+    entries = re.split(r"^(?=[\w.-]+==)", (ROOT / name).read_text(), flags=re.M)[1:]
+    assert len(entries) >= len(locked(name)) > 0
+    for entry in entries:
+        assert re.search(r"\\\n    --hash=sha256:[0-9a-f]{64}", entry), entry.splitlines()[0]
+
+
+def test_the_installer_and_the_actions_are_pinned():
+    make = (ROOT / "Makefile").read_text()
+    assert re.search(r"^UV := uv==[\d.]+$", make, re.M)
+    assert not re.search(r"pip install [^\n]*\buv\b", make)
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        uses = re.findall(r"uses: (.*)", path.read_text())
+        assert uses
+        for action in uses:
+            assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+", action), action
 
 
 def test_what_the_environment_file_asks_for_is_what_pip_gets():
-    lines = [line.strip(" -") for line in (ROOT / "environment.yml").read_text().splitlines()]
+    text = (ROOT / "environment.yml").read_text()
+    lines = [line.strip(" -") for line in text.splitlines()]
     assert f"python{PROJECT['requires-python']}" in lines
-    pip = (ROOT / "environment.yml").read_text().split("- pip:")[1]
-    assert re.findall(r"- (-\S+ \S+)", pip) == ["-r requirements.lock", "-e ."]
+    assert re.findall(r"- (-\S+ \S+)", text.split("- pip:")[1]) == ["-r requirements.lock"]  # -e has no hash
+    assert lines[0].endswith("&& pip install --no-deps -e .")
 
 
-def test_the_lock_names_no_host():
-    assert not re.search(r"://|--index-url|--find-links|--extra-index", (ROOT / "requirements.lock").read_text())
+@pytest.mark.parametrize("name", LOCKS)
+def test_the_lock_names_no_host(name):
+    assert not re.search(r"://|--index-url|--find-links|--extra-index", (ROOT / name).read_text())
 
 
 def test_continuous_integration_calls_the_test_command_and_nothing_else():

@@ -11,6 +11,7 @@ import pandas as pd
 from irra_core.annotations import named, read_text, shown
 
 COLUMNS = ("path", "caption", "id", "split")  # the last is optional; other columns are ignored
+SURE_ROWS = 100_000  # of a Parquet file, which may hold any number in a few bytes; more need a byte each
 
 
 def read_table(file: Path) -> Iterator[dict[str, Any] | ValueError]:
@@ -44,14 +45,33 @@ def _read_csv(file: Path) -> list[dict[str | None, Any]]:
         csv.field_size_limit(limit)
 
 
-def _read_parquet(file: Path) -> list[dict[str, Any]]:
-    """The rows of a Parquet file; a null split becomes an empty text."""
+def _read_parquet(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file, a few thousand in memory at a time; a null split becomes an empty text."""
+    from pyarrow import ArrowException, parquet
+
     try:
-        table = pd.read_parquet(file)
-    except (ValueError, OSError, KeyError) as error:  # includes pyarrow's errors; KeyError: an index is absent
+        with parquet.ParquetFile(file, page_checksum_verification=True) as opened:
+            columns, count = opened.schema_arrow.names, opened.metadata.num_rows
+            table = None
+            if count <= max(SURE_ROWS, file.stat().st_size):
+                table = opened.read([name for name in COLUMNS if name in columns])
+                table.validate(full=True)  # else a text that is not UTF-8 is noticed later, without the file's name
+    except (ArrowException, ValueError, OSError, KeyError) as error:
         raise ValueError(f"{named(file)} is no readable Parquet file ({error}): copy or write it again") from None
-    _check_columns(file, list(table.columns))
-    return table.filter(COLUMNS).astype(object).fillna({"split": ""}).to_dict("records")
+    _check_columns(file, columns)
+    if table is None:
+        raise ValueError(
+            f"{named(file)} has {count:,} rows in {file.stat().st_size:,} bytes: so few bytes hold no sentences of so "
+            "many photos. Write it again, or, if it is right, as a CSV file"
+        )
+    return _parquet_rows(table)
+
+
+def _parquet_rows(table) -> Iterator[dict[str, Any]]:
+    """Yields the rows of an Arrow table."""
+    for batch in table.to_batches(max_chunksize=4096):
+        for row in batch.to_pylist():
+            yield row | {"split": "" if pd.isna(row.get("split")) else row["split"]}
 
 
 def _check_columns(file: Path, columns: Sequence[str]) -> None:

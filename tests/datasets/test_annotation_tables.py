@@ -3,12 +3,15 @@
 import csv
 import json
 
+import numpy as np
 import pandas as pd
+import pyarrow
 import pyarrow.parquet
 import pytest
 from test_annotations import own, people, table_of
 
 from irra_core.annotations import load_annotations
+from irra_core.datasets.tables import read_table
 
 
 def test_csv_and_parquet_give_the_table_that_json_gives(tmp_path):
@@ -78,10 +81,53 @@ def test_a_damaged_parquet_file_is_refused_by_name(tmp_path):
         load_annotations(tmp_path / "own.parquet")
 
 
-def test_a_parquet_file_whose_index_is_not_in_it_is_refused_by_name(tmp_path):
-    own(tmp_path, people(3))
+def test_what_pandas_noted_about_a_parquet_file_changes_nothing(tmp_path):
+    own(tmp_path, people(6))
     about = json.dumps({"index_columns": ["nope"], "columns": [], "column_indexes": []})
-    table = pyarrow.Table.from_pandas(table_of(people(3)), preserve_index=False)
-    pyarrow.parquet.write_table(table.replace_schema_metadata({"pandas": about}), tmp_path / "own.parquet")
-    with pytest.raises(ValueError, match=r"/own\.parquet is no readable Parquet file .*'nope'"):
-        load_annotations(tmp_path / "own.parquet")
+    table = pyarrow.Table.from_pandas(table_of(people(6)), preserve_index=False)
+    pyarrow.parquet.write_table(table, tmp_path / "plain.parquet")
+    pyarrow.parquet.write_table(table.replace_schema_metadata({"pandas": about}), tmp_path / "noted.parquet")
+    table_of(people(6)).set_index("path").to_parquet(tmp_path / "indexed.parquet")
+    plain, *others = (load_annotations(tmp_path / f"{name}.parquet") for name in ("plain", "noted", "indexed"))
+    assert len(plain) == 6
+    for other in others:
+        pd.testing.assert_frame_equal(other, plain)
+
+
+def test_a_parquet_file_of_a_million_rows_in_few_bytes_is_refused_without_reading_them(tmp_path):
+    own(tmp_path, people(12))
+    count = 1_000_000
+    columns = {"path": ["a.png"] * count, "caption": ["a man"] * count, "id": np.zeros(count, int)}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "x.parquet")
+    assert (tmp_path / "x.parquet").stat().st_size < 50_000
+    before = pyarrow.total_allocated_bytes()
+    pool = pyarrow.default_memory_pool()
+    with pytest.raises(ValueError, match=r"x\.parquet has 1,000,000 rows in .* bytes: .* as a CSV file"):
+        load_annotations(tmp_path / "x.parquet")
+    assert pool.bytes_allocated() == before
+    columns = {name: values[:100_000] for name, values in columns.items()}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "x.parquet")
+    assert sum(1 for _ in read_table(tmp_path / "x.parquet")) == 100_000
+
+
+def test_a_text_in_a_parquet_file_that_is_not_utf_8_names_the_file(tmp_path):
+    own(tmp_path, people(12))
+    table = table_of(people(12)).reset_index(drop=True)
+    table.assign(caption="a man in MARK").to_parquet(tmp_path / "x.parquet", compression=None)
+    content = (tmp_path / "x.parquet").read_bytes()
+    assert b"MARK" in content
+    (tmp_path / "x.parquet").write_bytes(content.replace(b"MARK", b"\xff\xfe\xfd\xfc"))
+    with pytest.raises(ValueError, match=r"x\.parquet is no readable Parquet file .*UTF8.*: copy or write it again"):
+        load_annotations(tmp_path / "x.parquet")
+
+
+def test_an_error_of_arrow_that_is_no_value_error_names_the_file(tmp_path, monkeypatch):
+    own(tmp_path, people(12))
+    table_of(people(12)).reset_index(drop=True).to_parquet(tmp_path / "x.parquet")
+
+    def refuse(*_, **__):
+        raise pyarrow.ArrowNotImplementedError("Unsupported encoding")
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "read", refuse)
+    with pytest.raises(ValueError, match=r"x\.parquet is no readable Parquet file \(Unsupported encoding\)"):
+        load_annotations(tmp_path / "x.parquet")

@@ -24,7 +24,10 @@ START, END = "<start_of_text>", "<end_of_text>"  # how the vocabulary spells STA
 WORDS = regex.compile(  # as in CLIP: letters, one digit, or anything else up to a space
     rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE
 )
+GPU_LENGTHS = 8  # to whose multiples lengths are rounded: few shapes, of aligned rows
 LONGEST = 3000  # bytes of one word that are encoded: 75 tokens of at most 32 bytes end before that
+LONGEST_TEXT = 5000  # characters of a text that are cleaned, of many spaces one: the time to repair it is quadratic
+HUGE_REFERENCE = regex.compile("&#[0-9]{4301,};?")  # Python refuses to read such a number; no character has it
 # The vocabulary spells each byte as a printable character: itself where it is one, else the next free one from 256 on.
 _UNPRINTABLE = [byte for byte in range(256) if byte == 32 or not chr(byte).isprintable()]
 _LETTERS = {byte: chr(256 + number) for number, byte in enumerate(_UNPRINTABLE)}
@@ -86,10 +89,13 @@ def _word_ids(word: str) -> tuple[int, ...]:
 
 def _cleaned(text: str) -> str:
     """The text as open_clip cleans it: damaged encodings repaired, HTML unescaped, single spaces, lower case."""
+    text = text if len(text) <= LONGEST_TEXT else " ".join(text.split())[:LONGEST_TEXT]
     if not (text.isascii() and text.isprintable() and "&" not in text):  # others need no repair, and no import
         import ftfy
 
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+        text = ftfy.fix_text(text)
+        for _ in range(2):
+            text = html.unescape(HUGE_REFERENCE.sub("\ufffd", text))  # as html reads other numbers beyond Unicode
     return " ".join(text.split()).lower()
 
 
@@ -154,7 +160,11 @@ def mask_tokens(
     return torch.where(chosen, replaced, tokens), torch.where(chosen, tokens, 0)
 
 
-def trim(*tokens: Int[Tensor, "n length"]) -> tuple[Int[Tensor, "n shorter"], ...]:
-    """The tensors cut to the longest caption of the first: its end token, the largest id, is the last one kept."""
+def trim(*tokens: Int[Tensor, "n length"], device: torch.device | None = None) -> tuple[Int[Tensor, "n shorter"], ...]:
+    """The tensors cut to the longest caption of the first: its end token, the largest id, is the last one kept.
+
+    For a GPU the length is rounded up to a multiple of GPU_LENGTHS: a kernel is chosen anew for each shape.
+    """
     length = int(tokens[0].argmax(1).max()) + 1 if len(tokens[0]) else 0
-    return tuple(each[:, :length] for each in tokens)
+    multiple = GPU_LENGTHS if device is not None and device.type == "cuda" else 1
+    return tuple(each[:, : -(-length // multiple) * multiple] for each in tokens)

@@ -129,6 +129,27 @@ def test_the_time_of_a_very_long_caption_does_not_grow_with_its_square(caption):
     assert tokens[-1] == END_ID
 
 
+@pytest.mark.parametrize(
+    "caption", ["&" + "amp;" * 25_000, "&amp;" * 20_000, "&#" + "9" * 100_000, "&#x" + "9" * 10**5]
+)
+def test_references_without_end_take_less_than_a_second(caption):
+    tokenize(["é"])  # imports what mends captions
+    start = time.process_time()
+    tokens = tokenize([caption])[0]
+    assert time.process_time() - start < 1
+    assert tokens[0] == START_ID
+
+
+@pytest.mark.parametrize("reference", ["&#" + "9" * 4301, "&#" + "9" * 4301 + ";", "&amp;#" + "9" * 4301])
+def test_a_reference_to_a_number_that_python_does_not_read_is_one_beyond_unicode(reference):
+    words = [word for word, _ in detokenize_words(tokenize([f"a {reference} coat"])[0])]
+    assert words == [word for word, _ in detokenize_words(tokenize([f"a &#{'9' * 20}; coat"])[0])]
+
+
+def test_a_long_caption_keeps_its_words_behind_many_spaces():
+    assert torch.equal(tokenize(["a man" + " " * 100_000 + "in é red"]), tokenize(["a man in é red"]))
+
+
 @pytest.mark.parametrize("caption", ["", "   ", "\n\t", "\0"])
 def test_an_empty_caption_is_start_and_end(caption):
     assert tokenize([caption])[0].tolist() == [START_ID, END_ID] + [0] * 75

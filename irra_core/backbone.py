@@ -168,6 +168,7 @@ def read_weights(path: str | Path) -> tuple[dict, dict[str, str]]:
         raise FileNotFoundError(f"weights file {path} is not there")
     metadata: dict[str, str] = {}
     try:
+        path.open("rb").close()  # without the permission, safetensors says that the file is absent
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)

@@ -183,12 +183,17 @@ def _sort_metadata(path: Path) -> None:
 def replaced(path: str | Path) -> Iterator[Path]:
     """A file beside `path` to write into; renamed to `path` once complete, deleted when anything fails.
 
+    It gets the permissions of any new file in that folder: safetensors would let nobody else read it.
     Raises OSError, naming `path`, where the folder is full or cannot be written to.
     """
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")  # machines share process numbers
+    token = f"{os.getpid()}-{secrets.token_hex(4)}"  # machines share process numbers
+    aside = path.with_name(f".{path.name[:40]}.{token}.part")  # a system's names are short
     try:
+        aside.touch()
+        mode = aside.stat().st_mode
         yield aside
+        aside.chmod(mode)
         flush(aside)
         os.replace(aside, path)
     except (OSError, SafetensorError) as error:

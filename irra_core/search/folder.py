@@ -288,6 +288,7 @@ def _read_part(path: Path, dim: int) -> Shard:
     try:
         if not path.is_file():
             raise ValueError("it is not a regular file")
+        path.open("rb").close()  # without the permission, safetensors says that the file is absent
         with safe_open(path, "pt") as file:  # torch supports every dtype, numpy does not
             arrays, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
         earlier = "paths" not in arrays

@@ -3,7 +3,7 @@
 import functools
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,6 +62,15 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=gpu)
 
 
+def moved_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """The tensors on that device, sent to a GPU in one copy; those of the largest numbers must come first."""
+    if device.type != "cuda":
+        return [moved(tensor, device) for tensor in tensors]
+    parts = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors]
+    sent = moved(torch.cat(parts), device).split([len(part) for part in parts])
+    return [part.view(tensor.dtype).view(tensor.shape) for part, tensor in zip(sent, tensors, strict=True)]
+
+
 def full_precision(values: Tensor) -> Tensor:
     """The values in float32 where autocast or half-precision weights made them less; other types as they are."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
@@ -69,16 +78,16 @@ def full_precision(values: Tensor) -> Tensor:
 
 def normalise(pixels: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
     """The pixels as CLIP wants them: 0..1, less MEAN, over STD, in float32, on their device."""
-    mean, scale = _mean_and_scale(pixels.device)
-    return pixels.float().sub_(mean).mul_(scale)
+    mean, scale, _ = _constants(pixels.device)
+    return pixels.sub(mean).mul_(scale)
 
 
 @functools.cache
-def _mean_and_scale(device: torch.device) -> tuple[Float[Tensor, "3 1 1"], Float[Tensor, "3 1 1"]]:
-    """255 MEAN and 1 / (255 STD), kept on the device so that no step waits for them."""
+def _constants(device: torch.device) -> tuple[Float[Tensor, "3 1 1"], ...]:
+    """255 MEAN, 1 / (255 STD) and MEAN, kept on the device so that no step waits for them."""
     with torch.inference_mode(False):
         mean, std = (torch.tensor(numbers, dtype=torch.float64)[:, None, None] * 255 for numbers in (MEAN, STD))
-        return mean.float().to(device), (1 / std).float().to(device)
+        return tuple(numbers.float().to(device) for numbers in (mean, 1 / std, mean.float() / 255))
 
 
 def load_images(paths: Iterable[str | Path], recipe: Recipe) -> Float[Tensor, "n 3 h w"]:
@@ -124,17 +133,38 @@ def augment(pixels: UInt8[Tensor, "b 3 h w"], augmentation: Augmentation, recipe
 
     The value of erased pixels is MEAN after normalisation, as in the released code, so not the mean colour.
     """
-    height, width, padding = *pixels.shape[2:], recipe.crop_padding
-    flip, top, left, boxes = (moved(drawn, pixels.device) for drawn in augmentation)
-    rows = torch.arange(height, device=pixels.device)
-    columns = torch.arange(width, device=pixels.device)
-    across = width + 2 * padding
+    return rearranged(pixels, *moved_together(coordinates(augmentation, recipe), pixels.device), recipe)
+
+
+def coordinates(
+    augmentation: Augmentation, recipe: Recipe
+) -> tuple[Int[Tensor, "b h 1"], Int[Tensor, "b 1 w"], Bool[Tensor, "b h 1"], Bool[Tensor, "b 1 w"]]:
+    """Where each row and column of pixels comes from in the padded image, flat, and which rows and columns are erased.
+
+    Of a pixel's place the two numbers are added; it is erased if its row and its column are.
+    """
+    flip, top, left, boxes = augmentation
+    rows, columns = torch.arange(recipe.image_height), torch.arange(recipe.image_width)
+    across = recipe.image_width + 2 * recipe.crop_padding
     x = left[:, None] + columns
     x = torch.where(flip[:, None], across - 1 - x, x)  # the padding is symmetric, so mirroring commutes with it
-    y = top[:, None] + rows
-    source = (y[:, :, None] * across + x[:, None, :]).flatten(1)
-    padded = F.pad(pixels, [padding] * 4).flatten(2)
-    images = normalise(padded.gather(2, source[:, None].expand(-1, 3, -1)).view(pixels.shape))
-    y, x, tall, wide = boxes[:, :, None].unbind(1)
-    inside = ((rows >= y) & (rows < y + tall))[:, :, None] & ((columns >= x) & (columns < x + wide))[:, None, :]
-    return torch.where(inside[:, None], _mean_and_scale(pixels.device)[0] / 255, images)
+    y = (top[:, None] + rows) * across
+    above, before, tall, wide = boxes[:, :, None].unbind(1)
+    erased_rows = (rows >= above) & (rows < above + tall)
+    erased_columns = (columns >= before) & (columns < before + wide)
+    return y[:, :, None], x[:, None], erased_rows[:, :, None], erased_columns[:, None]
+
+
+def rearranged(
+    pixels: UInt8[Tensor, "b 3 h w"],
+    rows: Int[Tensor, "b h 1"],
+    columns: Int[Tensor, "b 1 w"],
+    erased_rows: Bool[Tensor, "b h 1"],
+    erased_columns: Bool[Tensor, "b 1 w"],
+    recipe: Recipe,
+) -> Float[Tensor, "b 3 h w"]:
+    """The batch augmented at these coordinates, which are on its device."""
+    source = (rows + columns).flatten(1)[:, None].expand(-1, 3, -1)
+    padded = F.pad(pixels, [recipe.crop_padding] * 4).flatten(2)
+    images = normalise(padded.gather(2, source).view(pixels.shape))
+    return torch.where((erased_rows & erased_columns)[:, None], _constants(pixels.device)[2], images)

@@ -1,6 +1,7 @@
 """Table + array + seed + step → the batch of that step (so a run can resume at any step)."""
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,10 +10,11 @@ from jaxtyping import Float, Int, UInt8
 from pandas import DataFrame
 from torch import Tensor
 
-from irra_core.augmentation import augment, draw_augmentation, moved
+from irra_core.augmentation import coordinates, draw_augmentation, moved, moved_together, rearranged
 from irra_core.recipes import Recipe
 from irra_core.text import mask_tokens, trim
 
+PLACES = ("at", "wanted", "words")  # what masked_places gives, as fields of a batch
 ORDER, MASKS, AUGMENTATION = range(3)  # what is drawn: each has random numbers of its own
 
 
@@ -66,8 +68,8 @@ class Batch:
     `images` are augmented and normalised. `tokens` are the captions, `masked_tokens` the same with words masked and
     `labels` the ids of the words to predict, 0 elsewhere. `pids` count the identities from 0, as `Batches.classes`
     lists them; `rows` are places in the train table. `all_pids` and `word_count`, the number of words to predict, are
-    those of the whole batch, over which the losses are taken. `words_each`, how many words each row is to predict, is
-    known to the host, so that the model need not wait for the device.
+    those of the whole batch, over which the losses are taken. `at`, `wanted` and `words` say which words to predict
+    (see masked_places) and `words_each`, on the host, how many each row has, so that no step waits for the device.
     """
 
     images: Float[Tensor, "b 3 h w"]
@@ -78,21 +80,43 @@ class Batch:
     rows: Int[Tensor, " b"]
     all_pids: Int[Tensor, " whole"]
     word_count: Int[Tensor, ""]
+    at: Int[Tensor, "b most"] | None = None
+    wanted: Int[Tensor, " masked"] | None = None
+    words: Int[Tensor, " masked"] | None = None
     words_each: tuple[int, ...] | None = None
 
     @property
     def inputs(self) -> tuple[Any, ...]:
         """What the model takes, in its order."""
-        return self.images, self.tokens, self.masked_tokens, self.labels, self.words_each
+        places = None if self.at is None else (self.at, self.wanted, self.words)
+        return self.images, self.tokens, self.masked_tokens, self.labels, places
 
     def split(self, size: int) -> list["Batch"]:
         """The same pairs in pieces of at most so many; of a batch without pairs, itself."""
-        cut = ("images", "tokens", "masked_tokens", "labels", "pids", "rows", "words_each")
-        pairs = {name: values for name in cut if (values := getattr(self, name)) is not None}
-        return [
-            replace(self, **{name: values[start : start + size] for name, values in pairs.items()})
-            for start in range(0, max(len(self.rows), 1), size)
-        ]
+        cut = ("images", "tokens", "masked_tokens", "labels", "pids", "rows", "at", "words_each")
+        whole = self
+        if self.at is None or self.words_each is None:
+            known = dict(zip(PLACES, masked_places(self.labels), strict=True))
+            whole = replace(self, **known, words_each=tuple((self.labels != 0).sum(1).tolist()))
+        ends, pieces = [0, *accumulate(whole.words_each)], []
+        for start in range(0, max(len(self.rows), 1), size):
+            mine = {name: getattr(whole, name)[start : start + size] for name in cut}
+            own = slice(ends[start], ends[min(start + size, len(self.rows))])
+            wanted = whole.wanted[own] - start * whole.at.shape[1]
+            pieces.append(replace(self, **mine, wanted=wanted, words=whole.words[own]))
+        return pieces
+
+
+def masked_places(
+    labels: Int[Tensor, "b length"],
+) -> tuple[Int[Tensor, "b most"], Int[Tensor, " masked"], Int[Tensor, " masked"]]:
+    """Each row's masked positions, padded to the most in a row; which of all these are real; the words of those."""
+    masked = labels != 0
+    counts = masked.sum(1)
+    most = max([1, *counts.tolist()])  # a process may have no pairs in an epoch's last batch
+    at = masked.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # a row's masked positions come first
+    real = torch.arange(most, device=labels.device) < counts[:, None]
+    return at, real.flatten().nonzero()[:, 0], labels[masked]
 
 
 class Batches:
@@ -152,39 +176,36 @@ class Batches:
         augmentation = draw_augmentation(len(rows), recipe, self._generator(AUGMENTATION, step))
         part, asked = team.part(len(rows)), (labels != 0).sum(1)
         whole, rows = rows, rows[part]
+        known = {"tokens": tokens[part], "masked_tokens": masked[part], "labels": labels[part]}
+        known |= {"pids": self.pids[rows], "rows": rows, "all_pids": self.pids[whole], "word_count": asked.sum()}
+        known |= dict(zip(PLACES, masked_places(labels[part]), strict=True))
+        drawn = coordinates(augmentation.part(part), recipe)
+        sent = moved_together([*known.values(), self.images[rows], *drawn], self.device)
+        images, places = sent[len(known)], sent[len(known) + 1 :]
         return Batch(
-            images=augment(self._pixels(self.images[rows]), augmentation.part(part), recipe),
-            tokens=self._moved(tokens[part]),
-            masked_tokens=self._moved(masked[part]),
-            labels=self._moved(labels[part]),
-            pids=self._moved(self.pids[rows]),
-            rows=self._moved(rows),
-            all_pids=self._moved(self.pids[whole]),
-            word_count=self._moved(asked.sum()),
+            images=rearranged(self._pixels(self.images[rows], images), *places, recipe),
+            **dict(zip(known, sent)),
             words_each=tuple(asked[part].tolist()),
         )
 
     def _captions(
         self, rows: Int[Tensor, " b"], step: int
     ) -> tuple[Int[Tensor, "b length"], Int[Tensor, "b masked_length"], Int[Tensor, "b masked_length"]]:
-        """Captions, masked captions and labels, cut to the longest caption of the whole batch.
+        """Captions, masked captions and labels, cut to the longest caption of the whole batch (see text.trim).
 
         With `padding_attention` the masked captions keep their padding, which the interaction encoder then sees.
         """
         tokens = self.tokens[rows]
         masked, labels = mask_tokens(tokens, self._generator(MASKS, step), self.recipe.mask_probability)
-        short, short_masked, short_labels = trim(tokens, masked, labels)
+        short, short_masked, short_labels = trim(tokens, masked, labels, device=self.device)
         captions = short_masked if self.recipe.mask_captions else short
         return (captions, masked, labels) if self.recipe.padding_attention else (captions, short_masked, short_labels)
 
-    def _pixels(self, images: Int[Tensor, " b"]) -> UInt8[Tensor, "b 3 h w"]:
-        """The decoded images, on the device."""
-        if isinstance(self.pixels, Tensor):
-            return self._moved(self.pixels[moved(images, self.pixels.device)])
-        return self._moved(torch.from_numpy(self.pixels[images.numpy()]))
-
-    def _moved(self, tensor: Tensor) -> Tensor:
-        return moved(tensor, self.device)
+    def _pixels(self, images: Int[Tensor, " b"], sent: Int[Tensor, " b"]) -> UInt8[Tensor, "b 3 h w"]:
+        """The decoded images, on the device; `sent` are the same numbers on the device."""
+        if not isinstance(self.pixels, Tensor):
+            return moved(torch.from_numpy(self.pixels[images.numpy()]), self.device)
+        return moved(self.pixels[sent if self.pixels.device == sent.device else images], self.device)
 
     def _rows(self, step: int) -> Int[Tensor, " b"]:
         """The rows of the train table that a step learns from."""

@@ -209,7 +209,7 @@ def encode_texts(
     order = (tokens != 0).sum(1).argsort(stable=True)  # captions of one length together: little padding to compute
 
     def encode(start: int) -> Tensor:
-        (chunk,) = trim(tokens[order[start : start + batch_size]])
+        (chunk,) = trim(tokens[order[start : start + batch_size]], device=device)
         return model.encode_text(moved(chunk, device))
 
     found = _encoded(model, encode, len(tokens), batch_size, precision, progress, "sentences")

@@ -4,7 +4,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from irra_core.settings import unknown
-from irra_core.transformer import LayerNorm, ResidualAttentionBlock, attend, initialise
+from irra_core.transformer import LayerNorm, ResidualAttentionBlock, added, attend, initialise
 
 KINDS = ("cross", "co", "merged")
 
@@ -47,7 +47,7 @@ class CrossEncoder(nn.Module):
         at: Int[Tensor, "batch wanted"] | None = None,
         record: list[Tensor] | None = None,
     ) -> Float[Tensor, "batch states dim"]:
-        mask = None if real is None else real[:, None, None]
+        mask = None if real is None else added(real[:, None, None], words.dtype)
         states = attend(self.attention, self.ln_text(words), self.ln_image(patches), record=record)
         for block in self.blocks[:-1]:
             states = block(states, mask)

@@ -50,12 +50,13 @@ def sdm_loss(
     scores = cosines(image, text) / temperature
     same = same_person(pids, scores)
     target = (same / same.sum(1, keepdim=True) + EPSILON).log()
-    return divergence(scores, target) + divergence(scores.T, target)
+    return divergence(torch.stack([scores, scores.T]), target).sum()
 
 
 def cosines(image: Float[Tensor, "batch dim"], text: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch batch"]:
     """The cosine of every image with every text."""
-    return F.normalize(image, dim=1) @ F.normalize(text, dim=1).T
+    image, text = F.normalize(torch.stack([image, text]), dim=2)
+    return image @ text.T
 
 
 def same_person(pids: Int[Tensor, " batch"], scores: Float[Tensor, "batch batch"]) -> Float[Tensor, "batch batch"]:
@@ -63,10 +64,10 @@ def same_person(pids: Int[Tensor, " batch"], scores: Float[Tensor, "batch batch"
     return (pids[:, None] == pids).to(scores.dtype)
 
 
-def divergence(scores: Float[Tensor, "n m"], log_target: Float[Tensor, "n m"]) -> Float[Tensor, ""]:
+def divergence(scores: Float[Tensor, "*sides n m"], log_target: Float[Tensor, "n m"]) -> Float[Tensor, "*sides"]:
     """Mean over the rows of KL(softmax of the row ‖ its target), in nats."""
-    log_p = scores.log_softmax(1)
-    return (log_p.exp() * (log_p - log_target)).sum(1).mean()
+    log_p = scores.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_target)).sum(-1).mean(-1)
 
 
 @in_full_precision
@@ -93,8 +94,7 @@ def id_loss(
 
     Source: Zheng et al., "Dual-path convolutional image-text embeddings with instance loss", TOMM 2020.
     """
-    pids = pids.long()
-    return (F.cross_entropy(image_logits, pids) + F.cross_entropy(text_logits, pids)) / 2
+    return F.cross_entropy(torch.cat([image_logits, text_logits]), pids.long().repeat(2))
 
 
 @in_full_precision

@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from irra_core.augmentation import full_precision, moved
+from irra_core.augmentation import full_precision
+from irra_core.batches import masked_places
 from irra_core.interaction import build_interaction
 from irra_core.transformer import CLIP, QuickGELU
 
@@ -68,12 +69,12 @@ class IRRA(nn.Module):
         tokens: Int[Tensor, "batch length"],
         masked_tokens: Int[Tensor, "batch masked_length"] | None = None,
         labels: Int[Tensor, "batch masked_length"] | None = None,
-        words_each: tuple[int, ...] | None = None,
+        places: tuple[Int[Tensor, "batch most"], Int[Tensor, " masked"], Int[Tensor, " masked"]] | None = None,
     ) -> Features:
         """Features of a batch; labels are the masked words' tokens, 0 where no word is predicted.
 
-        The MLM head runs on the masked words alone. `words_each` is how many each row has, if the caller knows it:
-        otherwise they are counted, for which the host waits for a GPU.
+        The MLM head runs on the masked words alone. `places` is what `batches.masked_places` says of the labels, if the
+        caller knows it: otherwise it is found here, for which the host waits for a GPU.
         """
         if self.interaction is None or masked_tokens is None:
             return self.classified(Features(self.encode_image(images), self.encode_text(tokens)))
@@ -81,10 +82,9 @@ class IRRA(nn.Module):
             raise ValueError("masked_tokens need labels: the masked words' tokens, 0 where none is predicted")
         patches = self.image_tokens(images)
         text, words = self._encode_both(tokens, masked_tokens)
-        at, wanted = _masked_places(labels, words_each)
+        at, wanted, word_labels = masked_places(labels) if places is None else places
         states = self.interaction(words, patches, self._real(masked_tokens), at)
-        states, word_labels = (part.flatten(0, 1).index_select(0, wanted) for part in (states, labels.gather(1, at)))
-        word_logits = full_precision(self.mlm_head(states))
+        word_logits = full_precision(self.mlm_head(states.flatten(0, 1).index_select(0, wanted)))
         found = Features(full_precision(patches[:, 0]), text, word_logits=word_logits, word_labels=word_labels)
         return self.classified(found)
 
@@ -103,7 +103,7 @@ class IRRA(nn.Module):
         """The features with the identity scores of their image and text; as they are without a classifier."""
         if self.classifier is None:
             return features
-        image, text = (self._identities(side) for side in (features.image, features.text))
+        image, text = self._identities(torch.cat([features.image, features.text])).chunk(2)
         return replace(features, image_logits=image, text_logits=text)
 
     def _identities(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch ids"]:
@@ -178,18 +178,6 @@ class IRRA(nn.Module):
         if self.padding_attention:
             return None
         return torch.arange(tokens.shape[1], device=tokens.device) <= _end(tokens)
-
-
-def _masked_places(
-    labels: Int[Tensor, "batch length"], words_each: tuple[int, ...] | None
-) -> tuple[Int[Tensor, "batch most"], Int[Tensor, " masked"]]:
-    """Each row's masked positions, padded to the most in a row, and which of these, counted over all rows, are real."""
-    masked = labels != 0
-    counts = masked.sum(1).tolist() if words_each is None else words_each
-    most = max([1, *counts])  # a process may have no pairs in an epoch's last batch
-    at = masked.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # a row's masked positions come first
-    real = [row * most + place for row, count in enumerate(counts) for place in range(count)]
-    return at, moved(torch.tensor(real, dtype=torch.long), labels.device)
 
 
 def _end(tokens: Int[Tensor, "batch length"]) -> Int[Tensor, "batch 1"]:

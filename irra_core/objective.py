@@ -24,18 +24,36 @@ def computes_bf16(device: torch.device) -> bool:
 
 @contextmanager
 def autocast(device: torch.device, precision: str) -> Iterator[None]:
-    """The arithmetic that a recipe's `precision` asks for here (`auto`: bf16 on a GPU that has it, else fp32).
+    """The arithmetic in which scores are computed for a recipe's `precision`; `auto`: bf16 on a GPU that has it.
 
-    With fp16 the weights are half too (see half_weights) and nothing scales the loss, as released. Training steps
-    also take bf16 on a CPU that computes it (see step_precision); scores are fp32 there.
+    With fp16 the weights are half too (see scale.precision) and nothing scales the loss, as released.
     """
+    from irra_core.scale.cpu import accelerated
+    from irra_core.scale.precision import fused_attention
+
     if precision == "auto" and device.type == "cuda" and computes_bf16(device):
         precision = "bf16"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    from irra_core.scale.cpu import accelerated
-
-    with torch.autocast(device.type, dtype) if dtype else nullcontext(), accelerated(device):
+    with torch.autocast(device.type, dtype) if dtype else nullcontext(), accelerated(device), fused_attention(device):
         yield
+
+
+@contextmanager
+def step_arithmetic(model: IRRA, precision: str) -> Iterator[None]:
+    """The arithmetic of a training step. In bf16 the weights are cast once, and activations stay in bf16.
+
+    Adapters compute their matrices where they are used: there torch's autocast casts.
+    """
+    from irra_core.scale.cpu import accelerated
+    from irra_core.scale.precision import fused_attention, is_adapted, weights_in
+
+    device = next(model.parameters()).device
+    if precision != "bf16" or is_adapted(model):
+        with autocast(device, precision):
+            yield
+    else:
+        with weights_in(model, torch.bfloat16), accelerated(device), fused_attention(device):
+            yield
 
 
 def step_precision(precision: str, device: torch.device) -> str:
@@ -73,7 +91,7 @@ def loss_parts(
     The contrastive losses and ID see the features of the whole batch, gathered from all processes; MLM is summed over
     the processes and divided by all masked words.
     """
-    with autocast(batch.pids.device, precision):
+    with step_arithmetic(model, precision):
         features = model(*batch.inputs)
     if team.processes > 1:
         both = team.gathered(torch.cat([features.image, features.text], 1), len(batch.all_pids))
@@ -81,7 +99,7 @@ def loss_parts(
         found = Features(image, text, word_logits=features.word_logits, word_labels=features.word_labels)
         features = model.classified(found)
     parts = total_loss(features, batch.all_pids, recipe, class_weight(model), batch.word_count)
-    if "mlm" in parts:
+    if "mlm" in parts and team.processes > 1:
         parts["mlm"] = team.gathered(parts["mlm"][None], team.processes).sum()
     return parts
 

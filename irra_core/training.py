@@ -172,7 +172,7 @@ def replay(folder: str | Path) -> dict[str, float]:
     device = default_device()
     batch = Batch(**{name: tensor.to(device) for name, tensor in tensors.items() if name != "image_ids"})
     precision = step_precision(recipe.precision, device)
-    model = (half_weights(model) if precision == "fp16" else model).to(device).train()
+    model = (half_weights(model) if precision == "fp16" else model).train()
     parts = Objective(model, recipe, precision)(batch)
     return _named(torch.cat([parts, gradient_norm(model)[None]]), recipe)
 
@@ -199,7 +199,7 @@ class _Run:
         near = on_device(pixels, self.device) if resides(pixels, self.device) else pixels
         self.batches = Batches(table, near, tokenize(table.caption.tolist()), recipe, self.device)
         self.general = made_general(progress) if recipe.pretrained == "general" else None
-        self.model = self.initial_model(recipe).to(self.device)
+        self.model = self.initial_model(recipe)
         self.precision = step_precision(recipe.precision, self.device)
         if self.precision == "fp16":
             half_weights(self.model)
@@ -333,7 +333,7 @@ class _Run:
             trained = self.evaluated(self.model, "test")
             metrics |= trained.metrics
             for name, model in self.starting_points():
-                start = self.evaluated(model.to(self.device), "test").text_to_image
+                start = self.evaluated(model, "test").text_to_image
                 metrics |= {name: scores(start), f"gain_over_{name}": gain(trained.text_to_image, start)}
             if (ceiling := known_ceiling(self.annotations, self.recipe)) is not None:
                 metrics["ceiling_R1"] = ceiling

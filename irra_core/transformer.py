@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -46,21 +46,21 @@ class CLIP(nn.Module):
 
     def begin_text(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length width"]:
         """The states of captions before the text encoder's last block."""
-        places = torch.arange(tokens.shape[1], device=tokens.device)
         states = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         states = states.to(self.text_projection.dtype)
         for block in self.transformer.resblocks[:-1]:
-            states = block(states, places <= places[:, None])
+            states = block(states, causal=True)
         return states
 
     def finish_text(
         self, states: Float[Tensor, "batch length width"], at: Int[Tensor, "batch wanted"] | None = None
     ) -> Float[Tensor, "batch words dim"]:
         """The projected text tokens, those of padding included; with `at`, only those at the given positions."""
-        places = torch.arange(states.shape[1], device=states.device)
-        earlier = places <= places[:, None] if at is None else (places <= at[..., None])[:, None]
-        states = self.transformer.resblocks[-1](states, earlier, at)
-        return F.linear(self.ln_final(states), self.text_projection.T)
+        earlier = None
+        if at is not None:
+            earlier = (torch.arange(states.shape[1], device=states.device) <= at[..., None])[:, None]
+        states = self.transformer.resblocks[-1](states, earlier, at, causal=at is None)
+        return projected(self.ln_final(states), self.text_projection)
 
 
 class ImageEncoder(nn.Module):
@@ -82,13 +82,24 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images: Float[Tensor, "b 3 h w"], at: Int[Tensor, "b k"] | None = None) -> Float[Tensor, "b n d"]:
         """All tokens; with `at`, only those at the given positions."""
-        patches = self.conv1(images.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
+        patches = self._patches(images.to(self.conv1.weight.dtype))
         start = self.class_embedding.to(patches.dtype).expand(len(images), 1, -1)
         states = self.ln_pre(torch.cat([start, patches], dim=1) + self.positional_embedding.to(patches.dtype))
         for block in self.transformer.resblocks[:-1]:
             states = block(states)
         states = self.transformer.resblocks[-1](states, at=at)
-        return F.linear(self.ln_post(states), self.proj.T)
+        return projected(self.ln_post(states), self.proj)
+
+    def _patches(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n width"]:
+        """The projected patches. A convolution in fp32 would round to TF32 on a GPU; a linear map does not."""
+        (patch, _), (stride, _), (rows, cols) = self.conv1.kernel_size, self.conv1.stride, self.grid_size
+        if stride == patch:
+            cut = images[..., : rows * patch, : cols * patch].unflatten(3, (cols, patch)).unflatten(2, (rows, patch))
+            pixels = cut.permute(0, 2, 4, 1, 3, 5)
+        else:
+            pixels = F.unfold(images, patch, stride=stride).transpose(1, 2)
+        weight = self.conv1.weight.flatten(1)
+        return F.linear(pixels.reshape(-1, weight.shape[1]), weight).view(len(images), rows * cols, len(weight))
 
 
 class Transformer(nn.Module):
@@ -119,14 +130,15 @@ class ResidualAttentionBlock(nn.Module):
     def forward(
         self,
         tokens: Float[Tensor, "batch length dim"],
-        mask: Bool[Tensor, "*#queries length"] | None = None,
+        mask: Shaped[Tensor, "*#queries length"] | None = None,
         at: Int[Tensor, "batch wanted"] | None = None,
         record: list[Tensor] | None = None,
+        causal: bool = False,
     ) -> Float[Tensor, "batch states dim"]:
         """All tokens after the block; with `at`, only those at the given positions, which `mask` is then about."""
         context = self.ln_1(tokens)
         if at is None:
-            found = attend(self.attn, context, None, mask, record)
+            found = attend(self.attn, context, None, mask, record, causal)
         else:
             tokens, found = pick(tokens, at), attend(self.attn, pick(context, at), context, mask, record)
         states = tokens + self.ls_1(found)
@@ -174,29 +186,55 @@ def attend(
     layer: nn.MultiheadAttention,
     query: Float[Tensor, "batch queries dim"],
     context: Float[Tensor, "batch keys dim"] | None = None,
-    mask: Bool[Tensor, "*#queries keys"] | None = None,
+    mask: Shaped[Tensor, "*#queries keys"] | None = None,
     record: list[Tensor] | None = None,
+    causal: bool = False,
 ) -> Float[Tensor, "batch queries dim"]:
     """Multi-head attention of the query to the context (to itself without one), to those keys where `mask` is True.
 
-    `mask` broadcasts to [batch, heads, queries, keys]; the attention weights, of that shape, are appended to `record`.
+    With `causal`, each query attends to the keys up to its own position instead. `mask` broadcasts to [batch, heads,
+    queries, keys] and may also be `added`; the attention weights, of that shape, are appended to `record`.
     """
-    weight, bias, width = layer.in_proj_weight, layer.in_proj_bias, layer.embed_dim
+    weight, bias, sizes = layer.in_proj_weight, layer.in_proj_bias, (layer.embed_dim, 2 * layer.embed_dim)
     if context is None:
-        parts = F.linear(query, weight, bias).chunk(3, -1)
+        parts = _parts(layer, query, weight, bias)
     else:
-        own, other = F.linear(query, weight[:width], bias[:width]), F.linear(context, weight[width:], bias[width:])
-        parts = (own, *other.chunk(2, -1))
-    q, k, v = (part.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2) for part in parts)
+        (of_query, of_context), biases = weight.split(sizes), bias.split(sizes)
+        parts = _parts(layer, query, of_query, biases[0]) + _parts(layer, context, of_context, biases[1])
+    q, k, v = (part.transpose(1, 2) for part in parts)
     if record is None and not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= EXPLICIT):
-        found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     else:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril() if causal else mask
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        shares = (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1)
+        mask = added(mask, scores.dtype) if mask is not None and mask.dtype == torch.bool else mask
+        shares = (scores if mask is None else scores + mask).softmax(-1)
         if record is not None:
             record.append(shares)
         found = shares @ v
-    return F.linear(found.transpose(1, 2).flatten(2), layer.out_proj.weight, layer.out_proj.bias)
+    found = found.transpose(1, 2).reshape(-1, layer.embed_dim)
+    return F.linear(found, layer.out_proj.weight, layer.out_proj.bias).view(query.shape)
+
+
+def _parts(
+    layer: nn.MultiheadAttention, states: Float[Tensor, "batch n dim"], weight: Tensor, bias: Tensor
+) -> tuple[Float[Tensor, "batch n heads width"], ...]:
+    """The linear maps of the states that are stacked in a weight, split into heads."""
+    mapped = F.linear(states.flatten(0, 1), weight, bias)  # of rows: fewer operations than of a batch of rows
+    stacked = len(weight) // layer.embed_dim
+    return mapped.view(*states.shape[:2], stacked, layer.num_heads, layer.head_dim).unbind(2)
+
+
+def added(mask: Bool[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
+    """The mask as attention adds it to scores, 0 where True, else minus infinity: once for several blocks."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+
+
+def projected(
+    states: Float[Tensor, "batch n width"], matrix: Float[Tensor, "width dim"]
+) -> Float[Tensor, "batch n dim"]:
+    """The states times the matrix."""
+    return F.linear(states.flatten(0, 1), matrix.T).view(*states.shape[:2], matrix.shape[1])
 
 
 def pick(tokens: Float[Tensor, "batch n dim"], at: Int[Tensor, "batch k"]) -> Float[Tensor, "batch k dim"]:

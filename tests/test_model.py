@@ -305,7 +305,7 @@ def test_half_precision_matrices_beside_full_layer_norms_run(pairs):
 def test_a_backbone_by_name_gives_features_of_its_width(name):
     recipe = irra.recipe("rstp", backbone=name, pretrained="none", image_height=224, image_width=112, stride=14)
     with torch.device("meta"):
-        model = irra.build_model(recipe, 7)
+        model = irra.build_model(recipe, 7, device="meta")
         labels = torch.zeros(2, 10, dtype=torch.long)
         shown, read = model.encode_image(torch.zeros(2, 3, 224, 112)), model.encode_text(labels)
         patches = model.image_tokens(torch.zeros(2, 3, 224, 112))
@@ -328,7 +328,7 @@ def test_the_general_weights_file_depends_on_how_it_is_made():
 )
 def test_each_encoder_runs_once_where_lengths_agree(lengths, passes, pairs):
     model, batch, calls = small(), shorter(pairs, lengths), []
-    for name, block in (("text", model.clip.token_embedding), ("image", model.clip.visual.conv1)):
+    for name, block in (("text", model.clip.token_embedding), ("image", model.clip.visual.ln_pre)):
         block.register_forward_hook(lambda *_, name=name: calls.append(name))
     model(*batch)
     assert (calls.count("text"), calls.count("image")) == (passes, 1)

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from irra_core.batches import Batch
 from irra_core.losses import mlm_loss, total_loss
 from irra_core.model import IRRA, Features
-from irra_core.objective import Objective, autocast, class_weight, loss_parts
+from irra_core.objective import Objective, class_weight, loss_parts, step_arithmetic
 from irra_core.recipes import Recipe
 
 
@@ -55,7 +55,7 @@ class _Losses(nn.Module):
         `gradient` is that of the whole batch's losses at the piece's features. If the whole batch's `features` are
         given, the classifier gets its gradient too.
         """
-        with autocast(piece.pids.device, self.precision):
+        with step_arithmetic(self.model, self.precision):
             output = self.model(*piece.inputs)
         total = (torch.cat([output.image, output.text], 1) * gradient).sum()
         mlm = total.new_zeros(())
@@ -94,7 +94,7 @@ def _feature_gradient(
 ) -> tuple[Float[Tensor, "all both"], dict[str, Float[Tensor, ""]], Float[Tensor, "mine both"]]:
     """The whole batch's features, its losses except MLM, and their gradient at this process's features."""
     model = objective.model
-    with torch.no_grad(), autocast(batch.pids.device, objective.precision):
+    with torch.no_grad(), step_arithmetic(model, objective.precision):
         halves = [(model.encode_image(piece.images), model.encode_text(piece.tokens)) for piece in pieces]
     mine = torch.cat([torch.cat(half, 1) for half in halves]).requires_grad_()
     features = objective.team.gathered(mine, len(batch.all_pids))

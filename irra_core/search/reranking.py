@@ -6,6 +6,7 @@ from jaxtyping import Bool, Float, Float32, Int, Int64, UInt8
 from torch import Tensor
 
 from irra_core.augmentation import moved, normalise
+from irra_core.batches import masked_places
 from irra_core.evaluation import scoring
 from irra_core.images import UnreadableImages, decoded_array
 from irra_core.objective import autocast
@@ -140,9 +141,9 @@ def _likelihood(
     precision: str,
 ) -> Float[Tensor, " n"]:
     """The summed log-likelihood of the hidden tokens, in nats, for each image."""
-    words_each = (int((labels != 0).sum()),) * len(images)
+    places = [moved(part, images.device) for part in masked_places(labels.expand(len(images), -1))]
     masked, labels = (moved(row, images.device).expand(len(images), -1) for row in (masked, labels))
     with scoring(model), torch.inference_mode(), autocast(images.device, precision):
-        output = model(images, masked, masked, labels, words_each)
+        output = model(images, masked, masked, labels, tuple(places))
     right = output.word_logits.float().log_softmax(1).gather(1, output.word_labels[:, None])
     return right.view(len(images), -1).sum(1)

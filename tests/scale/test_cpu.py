@@ -147,8 +147,8 @@ def test_building_a_model_leaves_the_processs_memory_settings_alone():
 @pytest.mark.skipif(not computes_bf16(CPU), reason="only processors with bf16 compile an operation per shape")
 def test_a_process_keeps_few_of_the_operations_that_torch_compiles_for_each_length_of_a_batch():
     source = (
-        "import irra_core, resource, torch\n"
-        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "import irra_core, torch\n"
+        "from irra_core.scale.machine import peak_memory as peak\n"
         "weight, before = torch.randn(512, 128), 0\n"
         "with torch.autocast('cpu', torch.bfloat16):\n"
         "    for rows in range(1000, 4200, 8):\n"

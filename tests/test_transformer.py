@@ -8,9 +8,9 @@ from open_clips import new_open_clip, their_block, their_image_tokens, their_tex
 from torch import nn
 from torch.nn import functional as F
 
-from irra_core.backbone import configuration, new_clip, seeded
+from irra_core.backbone import configuration, new_clip, patch_grid, seeded
 from irra_core.hub.configurations import backbones
-from irra_core.transformer import CLIP, LayerNorm, ResidualAttentionBlock, attend, initialise
+from irra_core.transformer import CLIP, ImageEncoder, LayerNorm, ResidualAttentionBlock, added, attend, initialise
 
 MOST = 512  # width of an encoder in these tests, so that the largest backbones take no minute
 
@@ -146,3 +146,49 @@ def test_a_layer_norm_computes_in_the_precision_of_its_weights():
     found = layer(tokens.half())
     assert found.dtype == torch.float16
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(("size", "stride"), [((96, 32), 16), ((96, 32), 12), ((40, 23), 16), ((40, 23), 5)])
+def test_patches_are_a_convolutions_with_its_gradients_where_they_touch_and_where_they_overlap(size, stride):
+    """Images that no stride divides lose the same right and lower edge."""
+    with seeded(0):
+        visual = ImageEncoder({"width": 64, "layers": 1, "patch_size": 16}, size, 32, True)
+    visual.conv1.stride, visual.grid_size = (stride, stride), patch_grid(size, 16, stride)
+    images = torch.randn(3, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for dtype, close in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        visual.to(dtype)
+        results = []
+        for patches in (visual._patches, lambda entered: visual.conv1(entered).flatten(2).transpose(1, 2)):
+            entered = images.to(dtype, copy=True).requires_grad_()
+            visual.conv1.weight.grad = None
+            found = patches(entered)
+            found.sin().sum().backward()
+            results.append((found.detach(), entered.grad, visual.conv1.weight.grad))
+        torch.testing.assert_close(*results, rtol=close, atol=close * 10)
+
+
+def test_a_block_with_causal_or_an_added_mask_is_the_block_with_the_mask(words, block):
+    (words, real), places = words, torch.arange(7)
+    expected, record = block(words, places <= places[:, None]), []
+    torch.testing.assert_close(block(words, causal=True), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(block(words, causal=True, record=record), expected, rtol=1e-12, atol=1e-12)
+    assert not record[0].triu(1).any()
+    padding = real[:, None, None]
+    expected = block(words, padding)
+    torch.testing.assert_close(block(words, added(padding, words.dtype)), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+@pytest.mark.parametrize(("size", "stride"), [((48, 32), 16), ((50, 35), 16), ((48, 32), 12), ((40, 40), 5)])
+def test_the_patch_embedding_is_the_convolution_with_its_gradients(size, stride, dtype, close):
+    visual = new_clip(reduced("ViT-B-16"), size, stride).visual.to(dtype)
+    images = torch.randn(2, 3, *size, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    found, expected = images.clone().requires_grad_(), images.clone().requires_grad_()
+    ours, theirs = visual._patches(found), visual.conv1(expected).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(ours, theirs, rtol=close, atol=close)
+    weights = torch.randn(theirs.shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    of_weight = []
+    for patches, pixels in ((ours, found), (theirs, expected)):
+        of_weight.append(torch.autograd.grad((patches * weights).sum(), [visual.conv1.weight, pixels]))
+    for mine, yours in zip(*of_weight, strict=True):
+        torch.testing.assert_close(mine, yours, rtol=10 * close, atol=10 * close)

@@ -1,0 +1,122 @@
+"""Steps with weights cast once: gradients as near to single precision's as torch's autocast, weights always restored."""
+
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from pandas import DataFrame
+from torch import nn
+
+import irra_core as irra
+from irra_core import objective as objective_module
+from irra_core.batches import Batches
+from irra_core.objective import Objective, autocast
+from irra_core.scale import gradients as gradients_module
+from irra_core.scale.precision import is_adapted, weights_in
+from irra_core.text import tokenize
+
+pytestmark = pytest.mark.usefixtures("narrow")
+
+CPU = torch.device("cpu")
+CASES = {  # name → what the recipe says
+    "irra": {"losses": "sdm+id+mlm"},
+    "in pieces": {"losses": "sdm+id+mlm", "micro_batch": 5},
+    "co": {"losses": "itc+mlm", "interaction": "co"},
+    "merged": {"losses": "tal+id+mlm", "interaction": "merged"},
+    "a frozen encoder": {"losses": "sdm+id+mlm", "frozen": "image"},
+    "frozen encoders": {"losses": "sdm+id+mlm", "frozen": "both"},
+    "adapters": {"losses": "sdm+id+mlm", "lora_rank": 2},
+}
+
+
+def setting(case: str):
+    recipe = irra.recipe(**{"pretrained": "none", "batch_size": 16, "interaction_depth": 1} | CASES[case])
+    colours = ["red", "green", "blue", "white", "black"]
+    captions = [f"a person in a {colours[n % 5]} coat{' who carries a bag' * (n % 3 == 0)}" for n in range(32)]
+    rows = [(n // 2, n, f"{n}.png", caption, "train") for n, caption in enumerate(captions)]
+    table = DataFrame(rows, columns=["pid", "image_id", "path", "caption", "split"])
+    shape = (32, 3, recipe.image_height, recipe.image_width)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    return recipe, irra.build_model(recipe, num_ids=16), Batches(table, pixels, tokenize(captions), recipe)
+
+
+def gradient(case: str, precision: str) -> dict[str, torch.Tensor]:
+    recipe, model, batches = setting(case)
+    Objective(model, recipe, precision)(batches.at(0))
+    return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def by_autocast(case: str) -> dict[str, torch.Tensor]:
+    def arithmetic(model, precision):
+        return autocast(CPU, precision)
+
+    with (
+        patch.object(objective_module, "step_arithmetic", arithmetic),
+        patch.object(gradients_module, "step_arithmetic", arithmetic),
+    ):
+        return gradient(case, "bf16")
+
+
+def distance(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
+    assert found.keys() == exact.keys()
+    errors = torch.stack([(found[name] - exact[name]).norm() for name in exact])
+    return float(errors.norm() / torch.stack([value.norm() for value in exact.values()]).norm())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_in_bf16_are_as_near_to_single_precisions_as_those_of_autocast(case):
+    exact, found = gradient(case, "fp32"), gradient(case, "bf16")
+    assert all(value.dtype == torch.float32 for value in found.values())
+    ours, theirs = distance(found, exact), distance(by_autocast(case), exact)
+    assert 1e-4 < ours <= 1.1 * theirs
+
+
+@pytest.mark.parametrize("case", ["irra", "adapters"])
+def test_a_step_that_fails_leaves_the_model_as_it_was(case):
+    recipe, model, batches = setting(case)
+    weights, batch = dict(model.named_parameters()), batches.at(0)
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    before = model.encode_text(batch.tokens)
+
+    def fail(*_):
+        assert is_adapted(model) or model.clip.visual.proj.dtype == torch.bfloat16
+        raise RuntimeError("in the middle")
+
+    handle = model.clip.visual.ln_post.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        Objective(model, recipe, "bf16")(batch)
+    handle.remove()
+    now = dict(model.named_parameters())
+    assert now.keys() == weights.keys()
+    assert all(now[name] is weights[name] for name in weights)
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+    assert torch.equal(model.encode_text(batch.tokens), before)
+
+
+def test_weights_are_cast_within_and_those_that_the_scores_need_are_not():
+    _, model, _ = setting("irra")
+    names = ["clip.token_embedding.weight", "clip.positional_embedding", "clip.visual.positional_embedding"]
+    names += ["clip.visual.class_embedding", "classifier.weight", "clip.visual.ln_post.weight"]  # LayerNorms on a CPU
+    own = dict(model.named_parameters())
+    with weights_in(model, torch.bfloat16):
+        for path, module in model.named_modules():
+            for name, weight in module._parameters.items():
+                full = f"{path}.{name}"
+                if full in names or isinstance(module, nn.LayerNorm):
+                    assert weight is own[full]
+        assert model.clip.visual.conv1.weight.dtype == torch.bfloat16
+        linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module.bias is not None]
+        assert {module.weight.dtype for module in linear if module is not model.classifier} == {torch.bfloat16}
+        assert model.classifier.weight.dtype == torch.float32
+
+
+def test_a_weights_copies_pass_their_gradient_on_in_its_own_precision():
+    layer = nn.Linear(5, 3)
+    states = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with weights_in(layer, torch.bfloat16):
+        layer(states).sum().backward()
+    expected = states.float().sum(0).expand(3, 5)
+    assert layer.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(layer.weight.grad, expected, rtol=0.01, atol=0.01)
+    torch.testing.assert_close(layer.bias.grad, torch.full((3,), 4.0))

@@ -108,7 +108,14 @@ def thing(s: Sketch, rng: Random) -> str:
         _car(s, _in(rng, 160, 260), rng)
         return _pick(rng, ("a car", "parked car", "car on the road"))
     THINGS[kind](s, 64 + _in(rng, -20, 20), _in(rng, 160, 260), _in(rng, 24, 56), COLOURS[colour])
-    forms = ("a {} {}", "{} {}", "{} {}", "{} {} on sale", "{} {}, as new", "cute {} {}")
+    forms = (
+        f"{'an' if colour[0] == 'o' else 'a'} {{}} {{}}",
+        "{} {}",
+        "{} {}",
+        "{} {} on sale",
+        "{} {}, as new",
+        "cute {} {}",
+    )
     return _pick(rng, (_pick(rng, forms).format(colour, kind), f"{kind} in {colour}", kind))
 
 

@@ -1,4 +1,4 @@
-"""Steps with weights cast once: gradients as near to single precision's as torch's autocast, weights always restored."""
+"""A step in bf16: weights cast once give gradients as good as autocast's, and are as they were afterwards."""
 
 from unittest.mock import patch
 
@@ -26,7 +26,7 @@ CASES = {  # name → what the recipe says
     "merged": {"losses": "tal+id+mlm", "interaction": "merged"},
     "a frozen encoder": {"losses": "sdm+id+mlm", "frozen": "image"},
     "frozen encoders": {"losses": "sdm+id+mlm", "frozen": "both"},
-    "adapters": {"losses": "sdm+id+mlm", "lora_rank": 2},
+    "adapters": {"losses": "sdm+id+mlm", "adapter_rank": 2},
 }
 
 

@@ -53,6 +53,10 @@ def test_the_parts_of_a_body_are_joined():
             assert min(ay1, by1) >= max(ay0, by0) - 1, (yaw, a, b)
 
 
+def test_a_neckline_whose_last_cosine_rounds_below_0_is_drawn():
+    assert "upper" in drawn(314.5, upper="dress").boxes  # a fractional power of it would be a complex number
+
+
 def test_the_feet_stand_on_the_ground_point_of_the_camera():
     for seed in range(8):
         assert drawn(90, seed).boxes["shoes"][3] == pytest.approx(372, abs=6)

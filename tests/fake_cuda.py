@@ -7,7 +7,7 @@ What a test can prove with it:
 - no operation mixes a CPU tensor with a GPU tensor (torch raises, as it does on a GPU);
 - dtypes, devices, shapes and strides of results and gradients;
 - that the host does not wait for the GPU: `waits` lists every operation for which it would (`item`, `nonzero`,
-  `equal`, a copy to the CPU that is not into pinned memory);
+  `equal`, `tolist`, a copy to the CPU that is not into pinned memory);
 - that nothing is copied to the CPU twice: `reads` lists every such copy;
 - that copies to the GPU can overlap with its work: `slow` lists every copy from memory that is not pinned or not dense,
   or that is not asynchronous;
@@ -142,6 +142,11 @@ def _made_up(op, tensor: torch.Tensor, dtype: torch.dtype | None):
     return True if op is aten.equal else torch.zeros((), dtype=tensor.dtype).item()
 
 
+def _numbers(tensor: torch.Tensor) -> list:
+    """`tensor.tolist()`, for which a GPU's numbers are copied to the host at once; torch reads fakes one by one."""
+    return (tensor.cpu() if tensor.numel() else torch.empty(tensor.shape)).tolist()
+
+
 class _Nobody(backend_registration._DummyBackendModule):
     """The module of torch's free device name, under which autograd's engine runs: a registration is for ever.
 
@@ -186,6 +191,7 @@ def fake_cuda(bf16: bool = True, free: int = 2**36) -> Iterator[FakeCuda]:
         patch.object(_Nobody, "within", True),
         patch.multiple(torch.cuda, **{name: Mock(return_value=answer) for name, answer in answers.items()}),
         patch("torch.autograd._engine_run_backward", gpu.run_backward),
+        patch.object(fake_tensor.FakeTensor, "tolist", _numbers),
         patch("torch.backends.cudnn.version", return_value=0),
         patch.object(fake_tensor, "init_gpu_context"),
         torch.autograd.set_multithreading_enabled(False),

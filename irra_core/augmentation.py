@@ -66,8 +66,7 @@ def moved_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tens
     """The tensors on that device, sent to a GPU in one copy; those of the largest numbers must come first."""
     if device.type != "cuda":
         return [moved(tensor, device) for tensor in tensors]
-    dense = [tensor.reshape(-1).clone(memory_format=torch.contiguous_format) for tensor in tensors]
-    parts = [tensor.view(torch.uint8) for tensor in dense]
+    parts = [tensor.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8) for tensor in tensors]
     sent = moved(torch.cat(parts), device).split([len(part) for part in parts])
     return [part.view(tensor.dtype).view(tensor.shape) for part, tensor in zip(sent, tensors, strict=True)]
 

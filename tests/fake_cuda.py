@@ -51,7 +51,7 @@ class _Fakes(fake_tensor.FakeTensorMode):
     def _on_gpu(self, value):
         if isinstance(value, torch.Tensor) and not isinstance(value, fake_tensor.FakeTensor) and value.is_meta:
             return self.fake_tensor_converter.from_meta_and_device(self, value, CUDA)
-        return CUDA if value == META else value
+        return CUDA if isinstance(value, torch.device) and value == META else value
 
 
 class FakeCuda(TorchDispatchMode):
@@ -167,6 +167,11 @@ class _NobodysHook(backend_registration._DummyPrivateUse1Hook):
         return _Nobody.within
 
 
+def _answer(answer, *_, **__):
+    """What a question to the device is answered with; torch asks far too often for a `Mock`, which counts."""
+    return answer
+
+
 @contextlib.contextmanager
 def fake_cuda(bf16: bool = True, free: int = 2**36) -> Iterator[FakeCuda]:
     """Within, one CUDA device with or without bf16 instructions and with `free` bytes of memory."""
@@ -183,13 +188,13 @@ def fake_cuda(bf16: bool = True, free: int = 2**36) -> Iterator[FakeCuda]:
         "get_device_name": "fake",
         "synchronize": None,
         "max_memory_allocated": 0,
-        "reset_peak_memory_stats": None,
-        "current_stream": MagicMock(),
     }
+    calls = {name: functools.partial(_answer, answer) for name, answer in answers.items()}
+    calls |= {"reset_peak_memory_stats": Mock(), "current_stream": Mock(return_value=MagicMock())}
     gpu = FakeCuda()
     with (
         patch.object(_Nobody, "within", True),
-        patch.multiple(torch.cuda, **{name: Mock(return_value=answer) for name, answer in answers.items()}),
+        patch.multiple(torch.cuda, **calls),
         patch("torch.autograd._engine_run_backward", gpu.run_backward),
         patch.object(fake_tensor.FakeTensor, "tolist", _numbers),
         patch("torch.backends.cudnn.version", return_value=0),
@@ -215,7 +220,7 @@ def unusable() -> str | None:
 
 
 def _try() -> None:
-    """One step of a linear map under autocast. Raises AssertionError where a result is not that of a GPU."""
+    """One step of a linear map under autocast, and its results on the host. Raises AssertionError where a result is not that of a GPU."""
     with fake_cuda() as gpu:
         layer = torch.nn.Linear(3, 2).to("cuda")
         given = torch.ones(4, 3).pin_memory().to("cuda", non_blocking=True)
@@ -231,3 +236,10 @@ def _try() -> None:
         assert gpu.casts >= 3  # input, weight and bias
         assert found.sum().item() == 0
         assert len(gpu.waits) == 1
+        torch.optim.Adam(layer.parameters(), fused=True).step()
+        with torch.inference_mode():
+            kept = torch.empty(4, 2).pin_memory()
+            kept.copy_(layer(given), non_blocking=True)
+            assert len(gpu.waits) == 1
+            assert len(layer(given).tolist()) == 4
+        assert (len(gpu.waits), gpu.reads) == (2, [(4, 2), (4, 2)])

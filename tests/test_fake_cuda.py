@@ -3,9 +3,11 @@
 What is computed once per process, as the constants of `normalise`, is there before a test begins (`warm`).
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
+import fake_cuda as fake
 import numpy as np
 import pytest
 import torch
@@ -328,6 +330,14 @@ def test_work_on_the_cpu_is_real_and_not_recorded():
         product = torch.full((2, 3), 2.0) @ torch.full((3, 2), 4.0)
     assert product.tolist() == [[24.0, 24.0], [24.0, 24.0]]
     assert not gpu.operations
+
+
+def test_a_torch_that_it_cannot_run_on_is_named_with_the_error(monkeypatch):
+    def missing():
+        raise AttributeError("no _engine_run_backward")
+
+    monkeypatch.setattr(fake, "_try", missing)
+    assert re.fullmatch(r"torch \S+ has changed .*: AttributeError: no _engine_run_backward", unusable.__wrapped__())
 
 
 def test_nothing_of_it_is_left_behind():

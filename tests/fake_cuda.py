@@ -220,7 +220,7 @@ def unusable() -> str | None:
 
 
 def _try() -> None:
-    """One step of a linear map under autocast, and its results on the host. Raises AssertionError where a result is not that of a GPU."""
+    """One step of a linear map under autocast, read on the host. Raises AssertionError where it is not as on a GPU."""
     with fake_cuda() as gpu:
         layer = torch.nn.Linear(3, 2).to("cuda")
         given = torch.ones(4, 3).pin_memory().to("cuda", non_blocking=True)

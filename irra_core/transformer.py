@@ -142,7 +142,7 @@ class ResidualAttentionBlock(nn.Module):
         else:
             tokens, found = pick(tokens, at), attend(self.attn, pick(context, at), context, mask, record)
         states = tokens + self.ls_1(found)
-        return states + self.ls_2(self.mlp(self.ln_2(states)))
+        return states + self.ls_2(self.mlp(self.ln_2(states).flatten(0, 1)).view(states.shape))
 
 
 class LayerNorm(nn.LayerNorm):

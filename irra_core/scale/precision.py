@@ -1,6 +1,5 @@
 """A recipe's `precision` and a device → the arithmetic of training steps and scores: bf16, fp16 or fp32."""
 
-import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -40,56 +39,83 @@ def weights_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Within, the model computes with copies of its weights in that precision, made once; their gradients reach it.
 
     Embeddings and the classifier stay as they are, and on a CPU LayerNorms, whose gradients its kernels add up in the
-    precision of the activations.
+    precision of the activations. QuickGELU's two factors are in the copies.
     """
-    cuda = next(model.parameters()).is_cuda
-    found = [
-        (module._parameters, name, weight)
-        for path, module in model.named_modules()
-        if "embedding" not in path and path != "classifier" and (cuda or not isinstance(module, nn.LayerNorm))
-        for name, weight in module._parameters.items()
-        if weight is not None and weight.dtype == torch.float32 and "embedding" not in name
-    ]
-    groups: list[list] = [[place for place in found if not place[2].requires_grad]]  # would else be differentiated
-    size = 0
-    for place in found:
-        if place[2].requires_grad:
-            if not groups[1:] or (size >= GROUP and torch.distributed.is_initialized()):
-                groups.append([])
-                size = 0
-            groups[-1].append(place)
-            size += place[2].numel()
-    feeding = [part for part in model.modules() if isinstance(getattr(part, "gelu", None), QuickGELU)]
+    found, fed = list(_castable(model)), _feed_forwards(model)
+    factors = {id(weight): factor for part in fed for weight, factor in _factors(part)}
     try:
-        for part in feeding:
-            if hasattr(part, "c_fc"):
-                part.forward = functools.partial(_feed_forward, part)
-        for group in groups:
-            copies = _Copies.apply(dtype, *(weight for _, _, weight in group)) if group else ()
+        for part in fed:
+            part.gelu.forward = F.silu
+        for group in _groups(found):
+            weights = [weight for _, _, weight in group]
+            copies = _Copies.apply(dtype, [factors.get(id(weight), 1.0) for weight in weights], *weights)
             for (owner, name, _), copy in zip(group, copies, strict=True):
                 owner[name] = copy
         yield
     finally:
-        for part in feeding:
-            part.__dict__.pop("forward", None)
+        for part in fed:
+            part.gelu.__dict__.pop("forward", None)
         for owner, name, weight in found:
             owner[name] = weight
 
 
+def _castable(model: nn.Module) -> Iterator[tuple[dict, str, nn.Parameter]]:
+    """Where each weight is that `weights_in` copies: its module's parameters, its name, the weight."""
+    cuda = next(model.parameters()).is_cuda
+    for path, module in model.named_modules():
+        if "embedding" in path or path == "classifier" or (isinstance(module, nn.LayerNorm) and not cuda):
+            continue
+        for name, weight in module._parameters.items():
+            if weight is not None and weight.dtype == torch.float32 and "embedding" not in name:
+                yield module._parameters, name, weight
+
+
+def _groups(found: list[tuple[dict, str, nn.Parameter]]) -> list[list[tuple[dict, str, nn.Parameter]]]:
+    """The weights that are copied together; frozen ones by themselves, since they would else be differentiated."""
+    groups, size = [[place for place in found if not place[2].requires_grad], []], 0
+    for place in found:
+        if place[2].requires_grad:
+            if size >= GROUP and torch.distributed.is_initialized():
+                groups.append([])
+                size = 0
+            groups[-1].append(place)
+            size += place[2].numel()
+    return [group for group in groups if group]
+
+
+def _feed_forwards(model: nn.Module) -> list[nn.Module]:
+    """The feed-forward layers with QuickGELU: x σ(1.702 x) between two linear maps."""
+    return [part for part in model.modules() if hasattr(part, "c_fc") and isinstance(part.gelu, QuickGELU)]
+
+
+def _factors(layer: nn.Module) -> Iterator[tuple[nn.Parameter, float]]:
+    """What each weight of such a layer is multiplied by so that x σ(x) takes QuickGELU's place: two products less."""
+    yield from ((weight, SLOPE) for weight in layer.c_fc.parameters())
+    yield layer.c_proj.weight, 1 / SLOPE
+
+
 class _Copies(torch.autograd.Function):
-    """Weights → their copies in another precision; backward, the copies' gradients in the weights' own."""
+    """Weights times factors in another precision; backward, the copies' gradients in the weights' own."""
 
     @staticmethod
-    def forward(ctx, dtype: torch.dtype, *weights: Float[Tensor, "..."]) -> tuple[Float[Tensor, "..."], ...]:
+    def forward(
+        ctx, dtype: torch.dtype, factors: list[float], *weights: Float[Tensor, "..."]
+    ) -> tuple[Float[Tensor, "..."], ...]:
         ctx.set_materialize_grads(False)
-        ctx.dtype = weights[0].dtype
-        return tuple(_copied(weights, dtype))
+        ctx.dtype, ctx.factors = weights[0].dtype, factors
+        scaled = [n for n, factor in enumerate(factors) if factor != 1]
+        products = torch._foreach_mul([weights[n] for n in scaled], [factors[n] for n in scaled]) if scaled else ()
+        given = dict(enumerate(weights)) | dict(zip(scaled, products, strict=True))
+        return tuple(_copied(list(given.values()), dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients: Float[Tensor, "..."] | None) -> tuple[Float[Tensor, "..."] | None, ...]:
-        copies = iter(_copied([gradient for gradient in gradients if gradient is not None], ctx.dtype))
-        return None, *(None if gradient is None else next(copies) for gradient in gradients)
+        there = [n for n, gradient in enumerate(gradients) if gradient is not None]
+        copies = dict(zip(there, _copied([gradients[n] for n in there], ctx.dtype), strict=True))
+        if scaled := [n for n in there if ctx.factors[n] != 1]:
+            torch._foreach_mul_([copies[n] for n in scaled], [ctx.factors[n] for n in scaled])
+        return None, None, *(copies.get(n) for n in range(len(gradients)))
 
 
 def _copied(tensors, dtype: torch.dtype) -> list[Tensor]:
@@ -101,30 +127,3 @@ def _copied(tensors, dtype: torch.dtype) -> list[Tensor]:
     copies = [part if tensor.dim() == 1 else part.view(tensor.shape) for part, tensor in zip(parts, tensors)]
     torch._foreach_copy_(copies, list(tensors))
     return copies
-
-
-def _feed_forward(layer: nn.Sequential, states: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-    """What a block's feed-forward layer with QuickGELU gives."""
-    return _FeedForward.apply(states, layer.c_fc.weight, layer.c_fc.bias, layer.c_proj.weight, layer.c_proj.bias)
-
-
-class _FeedForward(torch.autograd.Function):
-    """QuickGELU between two linear maps. The maps' products take its factors along, in the gradient they cancel."""
-
-    @staticmethod
-    def forward(ctx, states, inner, inner_bias, outer, outer_bias):
-        rows = states.flatten(0, -2)
-        scaled = torch.addmm(inner_bias, rows, inner.t(), beta=SLOPE, alpha=SLOPE)
-        hidden = F.silu(scaled)
-        ctx.save_for_backward(rows, inner, scaled, hidden, outer)
-        return torch.addmm(outer_bias, hidden, outer.t(), alpha=1 / SLOPE).view(states.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        rows, inner, scaled, hidden, outer = ctx.saved_tensors
-        found = gradient.flatten(0, -2)
-        within = torch.ops.aten.silu_backward(found @ outer, scaled)
-        of_outer = torch.addmm(outer, found.t(), hidden, beta=0, alpha=1 / SLOPE)
-        of_states = (within @ inner).view(gradient.shape)
-        return of_states, within.t() @ rows, within.sum(0), of_outer, found.sum(0)

@@ -68,7 +68,7 @@ def _one_thread():
 def trained(case: str, team, steps: int, double: bool, **changes):
     """The loss parts of every step, the first step's gradients and the last weights."""
     recipe, model, batches = setting(case, double, **changes)
-    objective = Objective(model, recipe, "fp32", team)
+    objective = Objective(model, recipe, changes.get("precision", "fp32"), team)
     optimiser = build_optimiser(model, recipe)
     parts = []
     for step in range(steps):
@@ -86,6 +86,8 @@ RUNS = {  # what both sides compute: name → case, steps, double, changes
     "20 steps in double": ("every loss", 20, True, {}),
     "20 steps in single": ("every loss", 20, False, CALM),
     **{f"{case} in single": (case, 1, False, CALM) for case in CASES},
+    "in bf16": ("every loss", 1, False, {"precision": "bf16"}),
+    "in bf16, in pieces": ("every loss", 1, False, {"precision": "bf16", "micro_batch": 2}),
     "in pieces": ("every loss", 2, True, {"micro_batch": 2}),
     "co in pieces": ("co", 1, True, {"micro_batch": 2}),
     "cmpm/c in pieces": ("cmpm/c", 1, True, {"micro_batch": 2}),
@@ -109,13 +111,16 @@ def test_two_processes_train_as_one(by_two, name):
     case, steps, double, changes = RUNS[name]
     parts, first, weights = trained(case, ALONE, steps, double, **changes)
     their_parts, their_first, their_weights = by_two[name]
-    close = 1e-7 if double else 1e-3
-    torch.testing.assert_close(their_parts[0], parts[0], rtol=1e-12 if double else 1e-6, atol=1e-12 if double else 1e-6)
+    bf16 = "precision" in changes  # each process rounds the gradients of its own pairs
+    close, first_close = (1e-7, 1e-12) if double else (2e-2, 1e-2) if bf16 else (1e-3, 1e-6)
+    torch.testing.assert_close(their_parts[0], parts[0], rtol=first_close, atol=first_close)
     torch.testing.assert_close(their_parts, parts, rtol=close, atol=close)
     assert their_first.keys() == first.keys()
     whole = torch.stack([gradient.norm() for gradient in first.values()]).norm()
     for weight, gradient in first.items():
-        assert (their_first[weight] - gradient).norm() <= (1e-9 * gradient.norm() + 1e-12 if double else 1e-5 * whole)
+        assert (their_first[weight] - gradient).norm() <= (
+            1e-9 * gradient.norm() + 1e-12 if double else (3e-2 if bf16 else 1e-5) * whole
+        )
     for weight, value in weights.items():
         assert (their_weights[weight] - value).abs().max() <= close, weight
 

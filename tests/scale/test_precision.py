@@ -15,7 +15,7 @@ from irra_core.batches import Batches
 from irra_core.objective import Objective, autocast
 from irra_core.scale import gradients as gradients_module
 from irra_core.scale.precision import is_adapted, weights_in
-from irra_core.text import tokenize
+from irra_core.text import mask_tokens, tokenize, trim
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
@@ -132,3 +132,22 @@ def test_a_weights_copies_pass_their_gradient_on_in_its_own_precision():
     assert layer.weight.grad.dtype == torch.float32
     torch.testing.assert_close(layer.weight.grad, expected, rtol=0.01, atol=0.01)
     torch.testing.assert_close(layer.bias.grad, torch.full((3,), 4.0))
+
+
+@pytest.mark.parametrize("kind", ["cross", "co", "merged"])
+def test_lengths_rounded_for_a_gpu_change_no_feature_and_no_word(kind):
+    recipe = irra.recipe(pretrained="none", losses="sdm+id+mlm", interaction=kind, interaction_depth=2)
+    model = irra.build_model(recipe, num_ids=4).double().eval()
+    tokens = tokenize(["a man in a red coat", "a woman who carries a bag and wears a hat", "blue shoes"])
+    draw = torch.Generator().manual_seed(0)
+    given = (tokens, *mask_tokens(tokens, draw))
+    images = torch.randn(3, 3, recipe.image_height, recipe.image_width, dtype=torch.float64, generator=draw)
+    exact, rounded = trim(*given), trim(*given, device=torch.device("cuda"))
+    assert exact[0].shape[1] % 8
+    assert rounded[0].shape[1] == -(-exact[0].shape[1] // 8) * 8
+    full = torch.full((2, 77), 5).index_fill(1, torch.tensor([76]), 49407)
+    assert trim(full, device=torch.device("cuda"))[0].shape[1] == 77
+    found = [model(images, *cut) for cut in (exact, rounded)]
+    for name in ("image", "text", "image_logits", "text_logits", "word_logits"):
+        torch.testing.assert_close(*(getattr(each, name) for each in found), rtol=1e-12, atol=1e-12)
+    assert torch.equal(*(each.word_labels for each in found))

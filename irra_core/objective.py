@@ -38,24 +38,6 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def step_arithmetic(model: IRRA, precision: str) -> Iterator[None]:
-    """The arithmetic of a training step. In bf16 the weights are cast once, and activations stay in bf16.
-
-    Adapters compute their matrices where they are used: there torch's autocast casts.
-    """
-    from irra_core.scale.cpu import accelerated
-    from irra_core.scale.precision import fused_attention, is_adapted, weights_in
-
-    device = next(model.parameters()).device
-    if precision != "bf16" or is_adapted(model):
-        with autocast(device, precision):
-            yield
-    else:
-        with weights_in(model, torch.bfloat16), accelerated(device), fused_attention(device):
-            yield
-
-
 def step_precision(precision: str, device: torch.device) -> str:
     """The arithmetic of a training step: `auto` is bf16 autocast on a GPU or CPU with bf16 instructions, else fp32.
 
@@ -91,6 +73,8 @@ def loss_parts(
     The contrastive losses and ID see the features of the whole batch, gathered from all processes; MLM is summed over
     the processes and divided by all masked words.
     """
+    from irra_core.scale.precision import step_arithmetic
+
     with step_arithmetic(model, precision):
         features = model(*batch.inputs)
     if team.processes > 1:

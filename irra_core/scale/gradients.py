@@ -11,8 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 from irra_core.batches import Batch
 from irra_core.losses import mlm_loss, total_loss
 from irra_core.model import IRRA, Features
-from irra_core.objective import Objective, class_weight, loss_parts, step_arithmetic
+from irra_core.objective import Objective, class_weight, loss_parts
 from irra_core.recipes import Recipe
+from irra_core.scale.precision import step_arithmetic
 
 
 def parallel(objective: Objective) -> DistributedDataParallel:

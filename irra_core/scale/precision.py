@@ -11,12 +11,29 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 
+from irra_core.objective import autocast
+from irra_core.scale.cpu import accelerated
 from irra_core.transformer import QuickGELU
 
 GROUP = 2**24  # parameters that are cast together: DistributedDataParallel sends a group's gradients while others are
 # computed; fewer, larger groups need fewer launches
 SLOPE = 1.702  # of QuickGELU
 ALIGNED = 64  # elements: each weight's copy begins at a multiple, as matrix products want it
+
+
+@contextmanager
+def step_arithmetic(model: nn.Module, precision: str) -> Iterator[None]:
+    """The arithmetic of a training step. In bf16 the weights are cast once, and activations stay in bf16.
+
+    Adapters compute their matrices where they are used: there torch's autocast casts.
+    """
+    device = next(model.parameters()).device
+    if precision != "bf16" or is_adapted(model):
+        with autocast(device, precision):
+            yield
+    else:
+        with weights_in(model, torch.bfloat16), accelerated(device), fused_attention(device):
+            yield
 
 
 def fused_attention(device: torch.device) -> AbstractContextManager:

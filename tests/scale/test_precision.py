@@ -10,10 +10,10 @@ from pandas import DataFrame
 from torch import nn
 
 import irra_core as irra
-from irra_core import objective as objective_module
 from irra_core.batches import Batches
 from irra_core.objective import Objective, autocast
 from irra_core.scale import gradients as gradients_module
+from irra_core.scale import precision as precision_module
 from irra_core.scale.precision import is_adapted, weights_in
 from irra_core.text import mask_tokens, tokenize, trim
 
@@ -55,7 +55,7 @@ def by_autocast(case: str, seed: int) -> dict[str, torch.Tensor]:
         return autocast(CPU, precision)
 
     with (
-        patch.object(objective_module, "step_arithmetic", arithmetic),
+        patch.object(precision_module, "step_arithmetic", arithmetic),
         patch.object(gradients_module, "step_arithmetic", arithmetic),
     ):
         return gradient(case, "bf16", seed)

@@ -17,7 +17,6 @@ from irra_core.annotations import hold_out
 from irra_core.evaluation import METRICS
 from irra_core.losses import total_loss
 from irra_core.objective import half_weights, step_precision
-from irra_core.synthetic.pretraining import pretrained_general
 from irra_core.training import build_optimiser, learning_rate, train
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -269,21 +268,6 @@ def test_half_weights_leave_norms_and_embeddings_in_full_precision(annotations, 
     assert np.isfinite(row["loss"])
 
 
-def test_the_general_weights_are_made_once_and_begin_a_run(monkeypatch, annotations, tmp_path):
-    monkeypatch.setenv("IRRA_SMOKE", "1")
-    monkeypatch.setenv("IRRA_CACHE", str(tmp_path / "cache"))
-    made = pretrained_general()
-    time = made.stat().st_mtime_ns
-    assert pretrained_general() == made
-    assert made.stat().st_mtime_ns == time
-    recipe = irra.recipe(batch_size=8)
-    model = irra.build_model(recipe, 3, weights=made)
-    assert torch.equal(model.clip.text_projection, load_file(made)["clip.text_projection"])
-    list(train(recipe, annotations, tmp_path / "run"))
-    metrics = runs.load_run(tmp_path / "run")["metrics"]
-    assert metrics["pretrained"] != metrics["untrained"]
-
-
 def test_a_step_takes_bf16_where_the_processor_has_it_and_fp32_where_it_does_not(monkeypatch):
     cpu = torch.device("cpu")
     for ability, expected in (("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("avx2", "fp32")):
@@ -304,7 +288,7 @@ def test_an_image_array_that_lies_on_the_device_gives_the_same_run(annotations, 
     taken = []
     monkeypatch.setattr(training, "resides", lambda pixels, device: taken.append(type(pixels)) or True)
     assert list(train(tiny, annotations, tmp_path / "resident")) == expected
-    assert taken == [np.memmap]
+    assert len(taken) == 1 and issubclass(taken[0], np.memmap)
 
 
 @pytest.mark.parametrize(("free", "kept"), [(12_000, True), (11_999, False)])

@@ -54,16 +54,16 @@ def building(folder: Path, team: Team) -> Iterator[None]:
     with _build_lock(folder, "alone" if team == ALONE else str(team.process)):
         numbers = {path.name.split("-")[1] for path in folder.glob(".build-*-lock")} - {"alone"}
         for number in numbers if team == ALONE else ["alone"]:
-            with _build_lock(folder, number):  # raises if another process has it
+            with _build_lock(folder, number, wait=5.0):  # raises if another process keeps it: one that looks lets go
                 pass
         yield
 
 
 @contextmanager
-def _build_lock(folder: Path, number: str) -> Iterator[None]:
-    """Hold the lock of one process number in a gallery's folder."""
+def _build_lock(folder: Path, number: str, wait: float = 0.0) -> Iterator[None]:
+    """Hold the lock of one process number in a gallery's folder, got at once or within `wait` seconds."""
     path = folder / f".build-{number}-lock"
-    lock = FileLock(path, blocking=False, fallback_to_soft=False, on_acquired=_sign)
+    lock = FileLock(path, timeout=wait, poll_interval=0.02, fallback_to_soft=False, on_acquired=_sign)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()

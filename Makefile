@@ -8,7 +8,7 @@ BENCH := $(REPORTS)$(if $(filter-out 0,$(IRRA_SMOKE)),/smoke)/benchmark
 ARGS ?=
 DATASET ?= synthetic
 
-.PHONY: train test test-long lab lock lint notebooks report studies explorer bench bench-explorer browser
+.PHONY: train pretrain test test-long lab lock lint notebooks report studies explorer bench bench-explorer browser
 
 train: .venv/ready  ## trains on the default data set; ARGS="-p dataset rstp -p epochs 1" goes to papermill
 	@mkdir -p "$(REPORTS)"
@@ -18,6 +18,9 @@ train: .venv/ready  ## trains on the default data set; ARGS="-p dataset rstp -p 
 	@$(BIN)/python -c "import sys, irra_core as irra; print(irra.runs.summary(sys.argv[1]))" "$(LATEST)"
 	@echo "      notebook: $$(realpath "$(LATEST)")/train.ipynb"
 	@echo "          html: $$(realpath "$(LATEST)")/train.html"
+
+pretrain: .venv/ready  ## makes the small CLIP's shipped weights again: renders, trains for about an hour, resumes after a kill
+	$(BIN)/python -m irra_core.synthetic.pretraining
 
 test: .venv/milvus lint  ## everything that continuous integration checks
 	@if [ "$$CI" = true ]; then $(MAKE) browser; fi

@@ -32,7 +32,7 @@ class Source(NamedTuple):
     paper: str | None  # None: make_synthetic renders it
 
 
-SYNTHETIC = ("synthetic", "synthetic-night", "synthetic-campus", "synthetic-general")
+SYNTHETIC = ("synthetic", "synthetic-night", "synthetic-campus")
 DATA_SETS: dict[str, Source] = {
     "cuhk": Source(
         "CUHK-PEDES", "reid_raw.json", 'Li et al., "Person Search with Natural Language Description", CVPR 2017'

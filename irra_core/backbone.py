@@ -26,6 +26,7 @@ SMALL_CLIP = {
     "vision_cfg": {"image_size": (96, 32), "layers": 3, "width": 128, "patch_size": 8, "head_width": 64},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 3},
 }
+GENERAL = Path(__file__).parent / "synthetic" / "general.safetensors"  # that CLIP, pretrained: `general`
 CHECKSUM = "checksum"  # the entry of a safetensors file's metadata
 PRECISIONS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # in which weights may be kept
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -33,20 +34,17 @@ WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _NOT_LEARNED = ("logit_scale", "logit_bias", "input_resolution", "context_length", "vocab_size", "attn_mask")
 
 
-def build_model(
-    recipe: Recipe, num_ids: int, weights: Path | None = None, device: str | torch.device | None = None
-) -> IRRA:
+def build_model(recipe: Recipe, num_ids: int, device: str | torch.device | None = None) -> IRRA:
     """The model of a recipe: pretrained CLIP weights, new parts drawn from `recipe.seed` (on the CPU, then moved).
 
     With `pretrained_towers` image or text the other encoder keeps its random weights. What `frozen` and `adapter_rank`
     keep from learning has requires_grad False.
 
-    `weights` is the file that pretrained `general` stands for, by default the cached one that training makes. `device`
-    is by default the GPU if there is one. The global random state is left alone. Raises ValueError for a backbone, tag
-    or file that does not fit, FileNotFoundError for weights that are not there.
+    `device` is by default the GPU if there is one. The global random state is left alone. Raises ValueError for a
+    backbone, tag or file that does not fit, FileNotFoundError for weights that are not there.
     """
     config = configuration(recipe.backbone)
-    file = None if recipe.pretrained == "none" else _pretrained_file(recipe, weights)
+    file = None if recipe.pretrained == "none" else _pretrained_file(recipe)
     with seeded(recipe.seed):
         model = IRRA(
             new_clip(config, (recipe.image_height, recipe.image_width), recipe.stride),
@@ -130,25 +128,10 @@ def resize_positions(
     return torch.cat([embedding[:1], grid.flatten(2)[0].T])
 
 
-def made_general(progress=None) -> Path:
-    """The file of the small CLIP's `general` weights, pretrained first if absent."""
-    from irra_core.synthetic.pretraining import pretrained_general
-
-    return pretrained_general(progress)
-
-
-def _pretrained_file(recipe: Recipe, general: Path | None) -> Path:
+def _pretrained_file(recipe: Recipe) -> Path:
     """The weights file that `pretrained` stands for, downloaded by open_clip if it is a tag."""
     if recipe.pretrained == "general":
-        from irra_core.synthetic.pretraining import general_weights, pretraining
-
-        path = Path(general or general_weights(pretraining()))
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"pretrained 'general': {path} is not there. Training makes it (the small CLIP after InfoNCE on the "
-                "domain general, once, cached): call train, or take pretrained 'none'"
-            )
-        return path
+        return GENERAL
     if Path(recipe.pretrained).suffix in WEIGHT_SUFFIXES:
         if (file := find_file(recipe.pretrained)) is None:
             raise FileNotFoundError(f"pretrained {recipe.pretrained!r}: there is no such file in {Path.cwd()}")

@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from pandas import DataFrame
 
 from irra_core.annotations import photo_table, table_digest
+from irra_core.backbone import GENERAL
 from irra_core.checkpoints import replaced
 from irra_core.images import image_array
 from irra_core.recipes import NEUTRAL, RECIPES, Recipe, own_file, read_recipe
@@ -66,10 +67,11 @@ def _plain(value: Any) -> str:
 
 
 def data_digest(annotations: DataFrame, recipe: Recipe, progress=None) -> str:
-    """The fingerprint of a run's data: the table and its image files (which this decodes if need be)."""
+    """The fingerprint of a run's data: the table, its image files (which this decodes if need be), the shipped CLIP."""
     photos = photo_table(annotations)
     pixels = image_array(list(photos.path), recipe.image_height, recipe.image_width, progress=progress)
-    return hashlib.sha256(f"{table_digest(annotations)} {pixels.digest}".encode()).hexdigest()
+    start = GENERAL.read_bytes() if recipe.pretrained == "general" else b""  # another CLIP makes another run
+    return hashlib.sha256(f"{table_digest(annotations)} {pixels.digest}".encode() + start).hexdigest()
 
 
 def run_folder(recipe: Recipe, data: str, root: str | Path | None = None) -> RunFolder:
@@ -102,7 +104,7 @@ def differences(path: Path, recipe: Recipe, data: str) -> list[str]:
         return [f"its recipe.json cannot be read ({error})"]
     names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
     found = [f"its {name} is {theirs.get(name)!r}, now {ours.get(name)!r}" for name in names]
-    return found + (["its data (annotations or images) were others"] if kept["data"] != data else [])
+    return found + (["its data (annotations, images or the shipped CLIP) were others"] if kept["data"] != data else [])
 
 
 def begin(path: Path, recipe: Recipe, data: str) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from irra_core import runs
 from irra_core.annotations import hold_out, photo_table
 from irra_core.augmentation import on_device, resides
-from irra_core.backbone import build_model, made_general, read_weights
+from irra_core.backbone import build_model, read_weights
 from irra_core.batches import ALONE, Batch, Batches, Team
 from irra_core.checkpoints import load_checkpoint, load_weights, save_checkpoint, save_tensors
 from irra_core.evaluation import Evaluation, evaluate, gain, known_ceiling, known_twins, scores
@@ -188,6 +188,7 @@ class _Run:
     def __init__(
         self, recipe: Recipe, annotations: DataFrame, pixels: np.ndarray, folder: Path, progress, team: Team = ALONE
     ):
+        from irra_core.scale.compiled import compile_blocks
         from irra_core.scale.machine import forget_peak
         from irra_core.scale.saving import Saver
 
@@ -198,11 +199,12 @@ class _Run:
         table = annotations[annotations.split == "train"].reset_index(drop=True)
         near = on_device(pixels, self.device) if resides(pixels, self.device) else pixels
         self.batches = Batches(table, near, tokenize(table.caption.tolist()), recipe, self.device)
-        self.general = made_general(progress) if recipe.pretrained == "general" else None
         self.model = self.initial_model(recipe)
         self.precision = step_precision(recipe.precision, self.device)
         if self.precision == "fp16":
             half_weights(self.model)
+        if recipe.compile:
+            compile_blocks(self.model)
         self.optimiser = build_optimiser(self.model, recipe)
         self.unread: list[Tensor] = []  # the last steps' loss parts and gradient norms, still on the device
         self.step, self.history, self.seconds = 0, [], {"training": 0.0}
@@ -216,7 +218,7 @@ class _Run:
 
     def initial_model(self, recipe: Recipe) -> IRRA:
         """The model before its first step."""
-        return build_model(recipe, len(self.batches.classes), weights=self.general)
+        return build_model(recipe, len(self.batches.classes))
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""

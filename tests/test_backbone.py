@@ -304,16 +304,11 @@ def test_a_file_that_is_not_there_is_named():
         irra.build_model(irra.recipe(pretrained="no/such.pt"), 3)
 
 
-def test_general_weights_that_were_not_made_say_who_makes_them(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"'general': .*\.safetensors is not there\. Training makes it"):
-        irra.build_model(irra.recipe(pretrained="general"), 3)
-
-
-def test_general_weights_are_read_from_the_file_that_is_given(tmp_path):
+def test_the_weights_of_the_small_clip_are_read_from_the_file_that_is_given(tmp_path):
     made = irra.recipe(pretrained="none", losses="itc", seed=7)
     source = irra.build_model(made, 3)
     irra.save_checkpoint(source, made, tmp_path / "general.safetensors")
-    model = irra.build_model(irra.recipe(pretrained="general"), 3, weights=tmp_path / "general.safetensors")
+    model = irra.build_model(irra.recipe(pretrained=str(tmp_path / "general.safetensors")), 3)
     for name, value in model.clip.state_dict().items():
         assert torch.equal(value, source.clip.state_dict()[name]), name
 
@@ -323,8 +318,9 @@ def test_the_encoder_that_is_not_pretrained_keeps_its_random_weights(towers, tmp
     made = irra.recipe(pretrained="none", losses="itc", seed=7)
     source = irra.build_model(made, 3)
     irra.save_checkpoint(source, made, tmp_path / "general.safetensors")
-    recipe = irra.recipe(pretrained="general", pretrained_towers=towers, losses="sdm+id+mlm")
-    model = irra.build_model(recipe, 3, weights=tmp_path / "general.safetensors")
+    weights = str(tmp_path / "general.safetensors")
+    recipe = irra.recipe(pretrained=weights, pretrained_towers=towers, losses="sdm+id+mlm")
+    model = irra.build_model(recipe, 3)
     drawn = irra.build_model(recipe.replace(pretrained="none", pretrained_towers="both"), 3)
     for name, value in model.state_dict().items():
         pretrained = name.startswith("clip.") and name.startswith("clip.visual.") == (towers == "image")
@@ -449,7 +445,7 @@ def test_every_accepted_backbone_encodes_photos_and_sentences_with_its_own_recip
     for name in backbones():
         recipe = irra.recipe("rstp", backbone=name, pretrained="none", interaction_depth=1)
         with torch.device("meta"):
-            whole = irra.build_model(recipe, 3)
+            whole = irra.build_model(recipe, 3, device="meta")
             shown = whole.image_tokens(torch.zeros(2, 3, *whole.image_size))
             read = whole.text_tokens(torch.zeros(2, 9, dtype=torch.long))
         width = configuration(name)["embed_dim"]

@@ -3,7 +3,6 @@
 import copy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from torch.nn import functional as F
 import irra_core as irra
 from irra_core.backbone import new_clip, seeded
 from irra_core.model import IRRA
-from irra_core.synthetic.pretraining import general_weights
 
 KINDS = ("cross", "co", "merged")
 START, END, MASK = 118, 119, 117
@@ -313,14 +311,6 @@ def test_a_backbone_by_name_gives_features_of_its_width(name):
     patch = model.clip.visual.conv1.kernel_size[0]
     assert shown.shape == read.shape == (2, width)
     assert patches.shape == (2, 1 + ((224 - patch) // 14 + 1) * ((112 - patch) // 14 + 1), width)
-
-
-def test_the_general_weights_file_depends_on_how_it_is_made():
-    recipe = irra.recipe("synthetic-general", pretrained="none", losses="itc")
-    assert general_weights(recipe).parent.name == "general"
-    assert general_weights(recipe) == general_weights(recipe.replace())
-    assert general_weights(recipe) != general_weights(recipe.replace(lr=0.5))
-    assert isinstance(general_weights(recipe), Path)
 
 
 @pytest.mark.parametrize(

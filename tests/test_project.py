@@ -51,7 +51,7 @@ SEAMS = {  # core file → rooms that it may import, inside functions only
     "batches": ["scale"],
     "interaction": ["variants"],
     "model": ["variants"],
-    "backbone": ["hub", "synthetic", "variants"],
+    "backbone": ["hub", "variants"],
     "losses": ["variants"],
     "checkpoints": ["released", "variants"],
     "objective": ["scale"],

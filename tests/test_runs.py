@@ -57,7 +57,7 @@ def test_a_folder_with_another_run_is_passed_over_and_the_difference_named(tmp_p
     assert runs.run_folder(recipe, "data", tmp_path) == first
     second = runs.run_folder(recipe, "other data", tmp_path)
     assert second.path.name == "default~2"
-    assert second.passed_over == {first.path: ["its data (annotations or images) were others"]}
+    assert second.passed_over == {first.path: ["its data (annotations, images or the shipped CLIP) were others"]}
     kept = json.loads((first.path / "recipe.json").read_text())
     (first.path / "recipe.json").write_text(json.dumps(kept | {"format": 0}))
     (reason,) = runs.run_folder(recipe, "data", tmp_path).passed_over[first.path]
@@ -89,6 +89,25 @@ def test_the_data_digest_changes_with_a_caption_and_with_a_pixel(annotations):
     assert runs.data_digest(annotations.assign(caption=annotations.caption.str.upper()), recipe) != digest
     fewer = annotations[annotations.image_id > 0].assign(image_id=lambda table: table.image_id - 1)
     assert runs.data_digest(fewer, recipe) != digest
+
+
+def test_a_run_from_another_shipped_clip_is_neither_loaded_nor_resumed(annotations, tmp_path, monkeypatch):
+    recipe, scratch = irra.recipe(), irra.recipe(pretrained="none")
+    digest, of_scratch = runs.data_digest(annotations, recipe), runs.data_digest(annotations, scratch)
+    older = tmp_path / "older.safetensors"
+    older.write_bytes(b"other weights")
+    with monkeypatch.context() as patched:
+        patched.setattr(runs, "GENERAL", older)
+        before = runs.data_digest(annotations, recipe)
+        assert runs.data_digest(annotations, scratch) == of_scratch
+    found = runs.run_folder(recipe, before, tmp_path)
+    runs.begin(found.path, recipe, before)
+    assert runs.run_folder(recipe, before, tmp_path).path == found.path
+    other = runs.run_folder(recipe, digest, tmp_path)
+    assert other.path != found.path
+    assert other.passed_over == {found.path: ["its data (annotations, images or the shipped CLIP) were others"]}
+    with pytest.raises(ValueError, match="the shipped CLIP"):
+        next(irra.train(recipe, annotations, found.path))
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

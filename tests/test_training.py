@@ -288,7 +288,8 @@ def test_an_image_array_that_lies_on_the_device_gives_the_same_run(annotations, 
     taken = []
     monkeypatch.setattr(training, "resides", lambda pixels, device: taken.append(type(pixels)) or True)
     assert list(train(tiny, annotations, tmp_path / "resident")) == expected
-    assert len(taken) == 1 and issubclass(taken[0], np.memmap)
+    assert len(taken) == 1
+    assert issubclass(taken[0], np.memmap)
 
 
 @pytest.mark.parametrize(("free", "kept"), [(12_000, True), (11_999, False)])

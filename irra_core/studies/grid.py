@@ -24,7 +24,6 @@ from irra_core.images import open_annotations
 from irra_core.recipes import PRESETS, Recipe, recipe
 from irra_core.settings import cores, project_root, reports_root, smoke, unknown
 from irra_core.studies.tables import seconds_per_step
-from irra_core.synthetic.pretraining import pretrained_general
 
 ROUGH_STEP_SECONDS = {"small": {True: 0.25, False: 0.1}}  # with and without MLM; measured on two cores of a server CPU
 ROUGH_RUN_SECONDS = 25.0  # time of a run besides its steps, on two cores: kernel, imports, evaluations, figures
@@ -153,7 +152,7 @@ def _jobs(recipes: Iterable[Recipe], data_root: str | Path | None, progress) -> 
     for planned in dict.fromkeys(recipes):
         job = jobs[planned] = _Job(planned)
         data = (planned.dataset, planned.identities)
-        pixels = (*data, planned.image_height, planned.image_width)
+        pixels = (*data, planned.image_height, planned.image_width, planned.pretrained == "general")
         try:
             if data not in tables:
                 tables[data] = open_annotations(planned, data_root, progress)
@@ -269,7 +268,7 @@ def run_all(
     """
     jobs = _jobs(planned.recipe, data_root, progress)
     waiting = [job for job in jobs.values() if job.status == "not run" and not job.error]
-    _make_weights(waiting, progress)
+    _download_weights(waiting)
     waiting = [job for job in waiting if not job.error]
     notebook = Path(notebook or project_root() / "notebooks" / "train.ipynb").resolve()
     slots: list[_Job | None] = [None] * max(workers, 1)
@@ -294,16 +293,16 @@ def run_all(
     return planned.assign(path=paths, **columns)
 
 
-def _make_weights(waiting: list[_Job], progress) -> None:
-    """Make or download missing pretrained weights, before several runs would do so at the same time."""
+def _download_weights(waiting: list[_Job]) -> None:
+    """Download missing pretrained weights, before several runs would do so at the same time."""
     wanted: dict[tuple[str, str], list[_Job]] = {}
     for job in waiting:
         wanted.setdefault((job.recipe.backbone, job.recipe.pretrained), []).append(job)
     for (backbone, weights), needing in wanted.items():
-        if weights == "none" or Path(weights).suffix in WEIGHT_SUFFIXES:
+        if weights in ("none", "general") or Path(weights).suffix in WEIGHT_SUFFIXES:
             continue
         try:
-            pretrained_general(progress) if weights == "general" else download(backbone, weights)
+            download(backbone, weights)
         except (OSError, ValueError) as error:
             for job in needing:
                 job.status, job.error = "failed", f"{type(error).__name__}: {error}"

@@ -8,6 +8,6 @@ _HOMES = {
         "COLOURFUL TWIN_KEYS make_synthetic attributes stated_attributes near_twins is_rendered twin_pids "
         "synthetic_ceiling"
     ),
-    "pretraining": "pretraining general_weights pretrained_general",
+    "pretraining": "pretraining pretrain ship",
 }
 __getattr__, __dir__, __all__ = lazily(__name__, _HOMES)

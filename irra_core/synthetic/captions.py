@@ -93,14 +93,7 @@ SAID = {  # probability that a caption states a visible attribute; the data set'
     "gender": 0.9, "hair": 0.52, "upper": 0.97, "pattern": 0.88, "worn": 0.5, "inner_colour": 0.75, "lower": 0.92,
     "shoes": 0.58, "bag": 0.82, "hat": 0.86, "glasses": 0.5, "carried": 0.66, "type": 0.88, "colour": 0.94,
 }  # fmt: skip
-SAID_IN = {  # captions from the web state few attributes; annotators of person search are asked to state all
-    "general": {
-        "hair": 0.3, "pattern": 0.6, "worn": 0.15, "inner_colour": 0.4, "lower": 0.65, "shoes": 0.2, "bag": 0.5,
-        "hat": 0.6, "glasses": 0.25, "carried": 0.4,
-    },
-}  # fmt: skip
 STYLES = {  # domain → sentence frame → weight
-    "general": {"sentence": 3, "dressed": 3, "list": 2, "short": 3, "there": 2},
     "street": {"sentence": 5, "dressed": 3, "there": 1},
     "night": {"short": 5, "sentence": 2, "list": 1},
     "campus": {"there": 3, "list": 3, "dressed": 3},
@@ -117,13 +110,12 @@ def weighted(weights: dict[str, int | float], rng: np.random.Generator, without:
 class Teller:
     """Writes phrases about the visible attributes of one person, and records the attributes that they state."""
 
-    def __init__(self, person: Person, hidden: set[str], domain: str, rng: np.random.Generator):
+    def __init__(self, person: Person, hidden: set[str], rng: np.random.Generator):
         self.person, self.hidden, self.rng = person, hidden, rng
-        self.said = SAID | SAID_IN.get(domain, {})
         self.stated: Person = {}
 
     def says(self, slot: str) -> bool:
-        return self.rng.random() < self.said[slot]
+        return self.rng.random() < SAID[slot]
 
     def word(self, slot: str, value: str, states: str = "") -> str:
         """A random synonym of the value, which is recorded as the value of the attribute `states`, if given."""
@@ -217,7 +209,7 @@ def _listed(phrases: Sequence[str]) -> str:
 
 def caption_of(person: Person, hidden: set[str], domain: str, rng: np.random.Generator) -> tuple[str, Person]:
     """A sentence about a photo and the attributes that it states."""
-    teller = Teller(person, hidden, domain, rng)
+    teller = Teller(person, hidden, rng)
     named = teller.says("gender")
     noun = teller.word("gender", person["gender"], "gender") if named else teller.word("gender", "")
     parts = teller.parts()

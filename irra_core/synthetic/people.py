@@ -21,7 +21,7 @@ from irra_core.synthetic.pedestrian import COLOURS, HAIR_COLOURS, SKINS
 from irra_core.synthetic.scenery import photograph
 from irra_core.synthetic.sketch import Number, tone
 
-DOMAINS = ("street", "night", "campus", "general")
+DOMAINS = ("street", "night", "campus")
 RENDERING = 7  # to be increased by every change that gives other pixels, people or captions for the same seed
 MARKER = "synthetic.json"  # beside the annotation file of rendered people; holds the arguments that produced them
 VIEWS = ("front", "back", "side", "any")  # of an identity's images
@@ -36,9 +36,9 @@ LAYOUTS = {  # folder, annotation file, path field, first id, captions per image
     "rstp": ("RSTPReid", "data_captions.json", "img_path", 0, 2),
 }
 
-# domain → attribute → value → weight; a domain's own weights replace those of `general`
+# domain → attribute → value → weight; a domain's own weights replace the usual ones
 MIX: dict[str, dict[str, dict[str, Number]]] = {
-    "general": {
+    "usual": {
         "upper": {
             "t-shirt": 6, "shirt": 5, "sweater": 4, "hoodie": 4, "jacket": 6, "coat": 5, "down jacket": 3, "dress": 4,
         },
@@ -114,7 +114,7 @@ TWIN_KEYS = {  # attributes in which a hard negative may differ → weight
 
 def _attributes(domain: str, rng: np.random.Generator) -> Person:
     """Random attributes of one person; attributes that do not apply are absent."""
-    mix = MIX["general"] | MIX[domain]
+    mix = MIX["usual"] | MIX[domain]
     gender = "man" if rng.random() < 0.5 else "woman"
     man = gender == "man"
     person = {"gender": gender, "hair": weighted(HAIR[gender], rng)}
@@ -267,7 +267,7 @@ def make_synthetic(
     `people` is the total, at least 12, split 15:2:3 into train, val and test, at least two each, with four views per
     identity and two captions per image. `height` is the photos', in pixels; they are a third as wide. Photos of
     another height than 192 are written below a folder of their own, `384x128/` for 384. layout `synthetic` writes
-    `synthetic/` for the domain `street` and `synthetic-<domain>/` for `night`, `campus` and `general`; `cuhk`, `icfg`
+    `synthetic/` for the domain `street` and `synthetic-<domain>/` for `night` and `campus`; `cuhk`, `icfg`
     and `rstp` write those data sets' own folders and files (icfg has no val split and one caption per image). The same
     arguments give the same pixels on any number of cores. `progress` is a class like tqdm. Raises ValueError for an
     unknown layout or domain, for fewer than 12 people, for a height that is no multiple of 3 or below 48, and if the

@@ -229,9 +229,9 @@ def test_data_that_are_not_there_fail_their_runs_and_say_so(grid):
     assert "RSTPReid" in found.error[0]
 
 
-def test_the_shared_weights_are_made_before_the_first_run_starts(grid, monkeypatch):
+def test_the_shared_weights_are_downloaded_before_the_first_run_starts(grid, monkeypatch):
     calls = []
-    monkeypatch.setattr(studies, "pretrained_general", lambda progress: calls.append("weights"))
+    monkeypatch.setattr(studies, "download", lambda backbone, tag: calls.append(tag))
 
     def started(*_, **__):
         calls.append("run")
@@ -239,8 +239,8 @@ def test_the_shared_weights_are_made_before_the_first_run_starts(grid, monkeypat
 
     monkeypatch.setattr(studies, "_start", started)
     with pytest.raises(KeyboardInterrupt):
-        run_all(grid[:1].assign(recipe=[grid.recipe[0].replace(pretrained="general")]), workers=2)
-    assert calls == ["weights", "run"]
+        run_all(grid[:1].assign(recipe=[irra.recipe(backbone="ViT-B-32-quickgelu", losses="itc")]), workers=2)
+    assert calls == ["openai", "run"]
 
 
 def test_a_study_is_kept_as_tables_and_figures(tmp_path):

@@ -15,7 +15,7 @@ PERSON |= {"pattern": "plain", "lower": "trousers", "lower_colour": "blue", "sho
 PERSON |= {"bag": "none", "hat": "none", "glasses": "no", "carried": "nothing"}
 SLOTS = {"upper": "upper", "lower": "lower", "shoes": "shoes", "bag": "bag", "hat": "hat", "carried": "carried"}
 VALUES = [
-    *((slot, value) for slot, values in synthetic.MIX["general"].items() for value in values),
+    *((slot, value) for slot, values in synthetic.MIX["usual"].items() for value in values),
     *(("hair", style) for styles in synthetic.HAIR.values() for style in styles),
     *(("pattern", pattern) for pattern in synthetic.PATTERNS),
 ]

@@ -77,7 +77,7 @@ def test_near_twins_are_those_who_differ_in_one_attribute():
 
 
 def test_no_two_people_of_a_split_look_alike():
-    people = synthetic._people(300, "general", 0)
+    people = synthetic._people(300, "street", 0)
     looks = [(one["split"], *sorted(one["attributes"].items())) for one in people]
     assert len(set(looks)) == len(looks)
 

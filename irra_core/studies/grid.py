@@ -220,7 +220,7 @@ def _measured_steps() -> dict[tuple, float]:
     """`_alike` of a recipe → median training seconds per step of the finished runs on this device."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     seconds: dict[tuple, list[float]] = {}
-    for file in reports_root().glob("**/metrics.json"):
+    for file in runs.files_below(reports_root(), "/metrics.json"):
         try:
             run = runs.load_run(file.parent)
         except (OSError, ValueError, KeyError, TypeError):
@@ -233,7 +233,7 @@ def _measured_steps() -> dict[tuple, float]:
 def _alike(recipe: Recipe) -> tuple:
     """The fields that a step's duration depends on."""
     names = ("backbone", "image_height", "image_width", "stride", "frozen", "adapter_rank", "losses", "interaction")
-    names += ("batch_size", "micro_batch", "precision")
+    names += ("interaction_depth", "batch_size", "micro_batch", "precision", "compile")
     return tuple(getattr(recipe, name) for name in names)
 
 

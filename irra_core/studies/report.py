@@ -301,7 +301,7 @@ def _picture(svg: bytes, label: str) -> Shown:
 
 def _studies(base: Path) -> list[Path]:
     """The folders of studies with a table, `<data set>/studies/<study>`."""
-    found = sorted({file.parent for file in base.glob("**/studies/*/*.csv")})
+    found = sorted({file.parent for file in runs.files_below(base, ".csv") if file.parent.parent.name == "studies"})
     return [folder for folder in found if folder.relative_to(base).parts[0] != "smoke"]
 
 
@@ -350,7 +350,7 @@ def _cell(value: Any) -> Shown:
 def _other_notebooks(base: Path, known: Iterable[Path]) -> list[Shown]:
     """Links to executed notebooks that belong to no run and no study."""
     known = set(known)
-    found = [file for suffix in EXECUTED for file in sorted(base.glob(f"**/*{suffix}"))]
+    found = [file for suffix in EXECUTED for file in runs.files_below(base, suffix)]
     links = []
     for file in found:
         place = file.relative_to(base)

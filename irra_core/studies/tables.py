@@ -11,7 +11,7 @@ from pandas import DataFrame
 from irra_core.evaluation import METRICS, readable, scores_table
 from irra_core.recipes import Recipe
 from irra_core.released.published import published
-from irra_core.runs import load_run
+from irra_core.runs import files_below, load_run
 from irra_core.settings import reports_root
 
 
@@ -21,7 +21,7 @@ def collect(root: str | Path | None = None) -> DataFrame:
     A folder that cannot be read is left out, with a warning; `attrs["broken"]` is path → reason.
     """
     rows, broken = [], {}
-    for file in sorted(reports_root(root).glob("**/metrics.json")):
+    for file in files_below(reports_root(root), "/metrics.json"):
         try:
             rows.append(_row(file.parent))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

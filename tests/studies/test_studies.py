@@ -255,5 +255,5 @@ def test_a_study_is_kept_as_tables_and_figures(tmp_path):
 
 
 def test_a_study_of_ones_own_needs_no_name():
-    own = Study("Does depth help?", "four", {"four": {}, "one": {"interaction_depth": 1}})
-    assert [made.interaction_depth for made in plan(own, seeds=1).recipe] == [4, 1]
+    own = Study("Does depth help?", "one", {"one": {}, "two": {"interaction_depth": 2}})
+    assert [made.interaction_depth for made in plan(own, seeds=1).recipe] == [1, 2]

@@ -29,6 +29,24 @@ def test_many_runs_make_one_table_and_an_unfinished_one_is_not_in_it(tmp_path):
     assert table[["R1", "R1_low", "R1_high"]].to_numpy().tolist() == [[50.0, 45.0, 55.0]] * 2
 
 
+def test_runs_behind_a_linked_folder_are_found_and_none_is_counted_twice(tmp_path):
+    reports, elsewhere = tmp_path / "reports", tmp_path / "large disk"
+    for root, seed in ((reports, 0), (elsewhere, 1)):
+        recipe = irra.recipe("cuhk", seed=seed)
+        folder = runs.run_folder(recipe, "data", root).path
+        runs.begin(folder, recipe, "data")
+        runs.write_text(folder / "metrics.json", json.dumps(METRICS))
+    (reports / "a link").symlink_to(elsewhere)
+    (reports / "another").symlink_to(elsewhere / "cuhk")
+    (elsewhere / "round").symlink_to(reports)
+    runs.mark_latest(reports / "cuhk" / "default")
+    (reports / "broken").symlink_to(tmp_path / "gone")
+    assert collect(reports).path.tolist() == [
+        str(reports / "a link" / "cuhk" / "seed=1"),
+        str(reports / "cuhk" / "default"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [

@@ -34,7 +34,7 @@ def retrieval_metrics(
 
 
 def query_metrics(
-    similarity: Float[Tensor, "queries gallery"],
+    similarity: Num[Tensor, "queries gallery"],
     query_pids: Int[Tensor, " queries"],
     gallery_pids: Int[Tensor, " gallery"],
     absent: str = "error",
@@ -55,6 +55,8 @@ def query_metrics(
             f"similarity is {tuple(similarity.shape)}, but there are {len(query_pids)} query_pids and "
             f"{len(gallery_pids)} gallery_pids: one row per query, one column per gallery item"
         )
+    if not similarity.is_floating_point():
+        similarity = similarity.double()  # whole numbers, each exact up to 2⁵³
     return _ranked(lambda rows: similarity[rows], similarity, query_pids, gallery_pids, None, absent)
 
 
@@ -86,6 +88,9 @@ def _ranked(
     absent: str,
 ) -> dict[str, Num[Tensor, " queries"]]:
     """`query_metrics` of the rows that scores_of computes, on the device of `like`, chunk by chunk."""
+    for name, pids in (("query_pids", query_pids), ("gallery_pids", gallery_pids)):
+        if pids.is_floating_point():
+            raise ValueError(f"{name} are {pids.dtype}, which .long() would round: number the people by integers")
     query_pids, gallery_pids = query_pids.long().to(like.device), gallery_pids.long().to(like.device)
     sorted_pids, by_pid = gallery_pids.sort(stable=True)
     first = torch.searchsorted(sorted_pids, query_pids)

@@ -9,7 +9,7 @@ from pandas import DataFrame
 
 from irra_core.batches import ALONE, Team, member
 from irra_core.recipes import Recipe
-from irra_core.settings import unknown
+from irra_core.settings import short, unknown
 
 
 class Gallery:
@@ -174,7 +174,11 @@ class Gallery:
 
     def remove(self, image_ids: Iterable[int | np.integer]) -> int:
         """How many photos were taken out. Raises ValueError for an image_id that is not here."""
-        ids = np.unique(np.fromiter(image_ids, dtype=np.int64))
+        given = list(image_ids)
+        for one in given:
+            if not isinstance(one, int | np.integer) or not -(2**63) <= one < 2**63:
+                raise ValueError(f"image_id {short(one)} is not in the gallery: it is no whole number of 64 bits")
+        ids = np.unique(np.array(given, dtype=np.int64))
         self._store.rows(ids)
         self._store.remove(ids)
         return len(ids)

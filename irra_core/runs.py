@@ -38,11 +38,11 @@ class RunFolder(NamedTuple):
 
 
 def dataset_name(dataset: str) -> str:
-    """The folder name of a data set: its name; for own data the file's stem and 8 hex digits of its hash."""
+    """The folder name of a data set: its name; for own data the file's stem, cut, and 8 hex digits of its hash."""
     if dataset in RECIPES:
         return dataset
     path = own_file(dataset)
-    return f"{path.stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
+    return f"{path.stem[:60]}-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
 
 
 def run_name(recipe: Recipe) -> str:

@@ -8,7 +8,7 @@ import functools
 import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def data_root(given: str | Path | None = None) -> Path:
 
 def reports_root(given: str | Path | None = None) -> Path:
     """The folder that keeps all runs: given (relative: from the project's root), else IRRA_REPORTS, else `reports`."""
-    return project_root() / (given or os.environ.get("IRRA_REPORTS") or "reports")
+    return project_root() / Path(given or os.environ.get("IRRA_REPORTS") or "reports").expanduser()
 
 
 def find_file(name: str) -> Path | None:
@@ -52,7 +52,10 @@ def cache_root() -> Path:
         return project_root() / Path(given).expanduser()
     from platformdirs import user_cache_path
 
-    return user_cache_path("irra-core", appauthor=False)
+    with suppress(RuntimeError):  # a user without a home folder; older versions then return one that begins with ~
+        if (found := user_cache_path("irra-core", appauthor=False)).is_absolute():
+            return found
+    raise OSError("this user has no home folder for the cache: set IRRA_CACHE to a folder")
 
 
 def cores() -> int:

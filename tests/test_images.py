@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import resource
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -875,6 +877,18 @@ def test_the_cache_is_irra_cache_or_the_users(tmp_path, monkeypatch):
     monkeypatch.delenv("IRRA_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     assert cache_root() == tmp_path / "user" / "irra-core"
+
+
+@pytest.mark.skipif(not hasattr(os, "setuid") or os.getuid() != 0, reason="only root becomes a user without a home")
+def test_a_user_without_a_home_folder_is_told_to_name_one_for_the_cache():
+    lines = (
+        "import os, platformdirs; from irra_core.settings import cache_root; platformdirs.user_cache_path('')\n"
+        "os.setuid(54321); cache_root()"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "IRRA_CACHE")}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", lines], env=environment, capture_output=True, text=True)
+    assert "this user has no home folder for the cache: set IRRA_CACHE to a folder" in done.stderr
 
 
 # Augmentation

@@ -1,5 +1,6 @@
 """R@k, mAP and mINP against the released code's numbers and a slow ranking; intervals against a slow bootstrap."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -112,6 +113,18 @@ def test_scores_that_differ_only_in_float64_are_told_apart():
     similarity = torch.tensor([[0.5, 0.5 + 1e-12]], dtype=torch.float64)
     assert query_metrics(similarity, torch.tensor([1]), torch.tensor([0, 1]))["rank"].item() == 1
     assert query_metrics(similarity.float(), torch.tensor([1]), torch.tensor([0, 1]))["rank"].item() == 2
+
+
+def test_whole_numbers_as_scores_are_told_apart_above_what_float32_holds():
+    scores = torch.tensor([[2**24, 2**24 + 1], [2**24 + 1, 2**24]])
+    found = query_metrics(scores, torch.tensor([0, 0]), torch.tensor([1, 0]))
+    assert found["rank"].tolist() == [1, 2]
+
+
+def test_numbers_of_people_that_would_be_rounded_are_refused():
+    queries, gallery = torch.tensor([0.5]), torch.tensor([0.7, 0.5])
+    with pytest.raises(ValueError, match=r"query_pids are torch\.float32.*number the people by integers"):
+        inspect.unwrap(query_metrics)(torch.zeros(1, 2), queries, gallery)
 
 
 def test_the_order_of_queries_and_gallery_and_a_rising_function_of_the_scores_change_nothing():

@@ -240,6 +240,24 @@ def test_a_model_of_another_width_or_size_is_refused(model, photos, tiny):
         Gallery.build(model, photos, tiny)
 
 
+@pytest.mark.parametrize("wrong", [100.5, 2**70, "100", None])
+def test_what_is_no_image_id_is_not_taken_for_one(model, photos, wrong):
+    gallery = Gallery.build(model, photos[:4])
+    with pytest.raises(ValueError, match=f"image_id {wrong!r} is not in the gallery: it is no whole number of 64 bits"):
+        gallery.remove([wrong])
+    assert len(gallery) == 2
+
+
+@pytest.mark.parametrize("index", ["exact", "hnsw"])
+def test_an_emptied_gallery_is_saved_loaded_and_filled_again(model, photos, tmp_path, index):
+    gallery = Gallery.build(model, photos[:4], index=index)
+    assert gallery.remove(photos.image_id.unique()[:2]) == 2
+    gallery.save(tmp_path / "gallery")
+    again = Gallery.load(tmp_path / "gallery", model)
+    assert (len(again), len(again.search("red", k=3))) == (0, 0)
+    assert again.add(photos[:4]) == 2
+
+
 @pytest.mark.parametrize("index", ["exact", "hnsw"])
 def test_adding_and_removing_leave_the_ranking_that_a_new_gallery_has(model, photos, index):
     gallery = Gallery.build(model, photos[:40], index=index)

@@ -49,6 +49,20 @@ def test_own_data_are_named_after_their_file_and_content(tmp_path):
     assert runs.dataset_name(str(file)) != name
 
 
+def test_the_folder_of_own_data_with_the_longest_file_name_can_be_made(tmp_path):
+    file = tmp_path / f"{'m' * 251}.csv"
+    file.write_text("path,id,caption\n")
+    (tmp_path / runs.dataset_name(str(file))).mkdir()
+
+
+def test_the_reports_folder_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.setenv("IRRA_REPORTS", "~/kept")
+    assert reports_root() == tmp_path / "kept"
+    assert reports_root("~/others") == tmp_path / "others"
+
+
 def test_a_folder_with_another_run_is_passed_over_and_the_difference_named(tmp_path):
     recipe = irra.recipe("cuhk")
     first = runs.run_folder(recipe, "data", tmp_path)

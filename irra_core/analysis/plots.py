@@ -5,6 +5,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,11 +14,13 @@ import seaborn as sns
 from jaxtyping import Float
 from jinja2 import Template
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator
 from pandas import DataFrame
 from PIL import Image
 
+from irra_core.checkpoints import replaced
 from irra_core.images import open_photo
 from irra_core.recipes import LOSS_NAMES
 
@@ -33,6 +36,12 @@ MASKED_CAPTION = """\
 {%- if answer %}<ruby style='background:{{ background }};padding:0 .25em;border-radius:.2em'>{{ word -}}
 <rt style='color:{{ blue }};font-size:.8em'>{{ answer }}</rt></ruby>
 {%- else %}{{ word }}{% endif %}{{ " " if not loop.last }}{% endfor %}</p>"""
+
+
+def save(figure: Figure, path: str | Path, **options: Any) -> None:
+    """Write a figure to a file, complete or not at all; `options` go to matplotlib's savefig."""
+    with replaced(path) as aside:
+        figure.savefig(aside, format=Path(path).suffix[1:], **options)
 
 
 def people(annotations: DataFrame, *, n: int = 6, views: int = 2, seed: int = 0, ax: Axes | None = None) -> Axes:

@@ -21,7 +21,6 @@ from pandas import DataFrame
 from irra_core.analysis import plots
 from irra_core.analysis.explanations import explain, fill_masks
 from irra_core.augmentation import load_images
-from irra_core.checkpoints import replaced
 from irra_core.images import UnreadableImages, open_photo
 from irra_core.metrics import query_metrics
 from irra_core.recipes import recipe
@@ -136,8 +135,7 @@ class QueryExplorer(anywidget.AnyWidget):
         words = "-".join(re.findall(r"[a-z0-9]+", text.lower()))[:40].strip("-")
         digest = hashlib.blake2b(repr((text, self.k, *self._results)).encode(), digest_size=4).hexdigest()
         file = folder / f"{words or 'query'}-{digest}.png"
-        with replaced(file) as aside:
-            figure.savefig(aside, format="png", dpi=150, bbox_inches="tight")
+        plots.save(figure, file, dpi=150, bbox_inches="tight")
         lines = [f"“{text}”"]
         for strip, (name, gallery) in zip(self.view["strips"], self._galleries.items(), strict=True):
             said = [name, f"first {len(strip['cards'])} of {len(gallery.images):,} photos", strip["standing"]]

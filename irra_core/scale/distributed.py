@@ -3,6 +3,8 @@
 import argparse
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -27,6 +29,7 @@ from irra_core.settings import default_device
 
 PATIENCE = timedelta(hours=12)  # one process decodes a data set or pretrains the small CLIP while the others wait
 PREFIX = "irra-core: "  # prefix of the lines of JSON that process 0 writes for the process that started torchrun
+KILLED = re.compile(r"failed \(exitcode: -(\d+)\) local_rank: (\d+) \(pid: (\d+)\)")  # in a line of torchrun's log
 RAISED = {kind.__name__: kind for kind in (ValueError, TypeError, RuntimeError, FloatingPointError, OSError)}
 
 
@@ -143,9 +146,9 @@ def telling_errors(wanted: bool, team: Team) -> Iterator[None]:
 def launched(module: str, folder: Path, processes: int, progress=None) -> Iterator[dict[str, Any]]:
     """Run a module on a folder in several processes of this machine with torchrun; yields the rows that it reports.
 
-    Shows their progress bar with `progress`. Raises the first error that a process reports, since errors of the others
-    follow from it, or RuntimeError with the last lines of output if a process failed in another way. All processes end
-    when the iteration ends.
+    Shows their progress bar with `progress`. Raises RuntimeError for a process that was killed, else the first error
+    that a process reports, since errors of the others follow from it, or RuntimeError with the last lines of output if
+    a process failed in another way. All processes end when the iteration ends.
     """
     if 0 < torch.cuda.device_count() < processes:
         raise ValueError(f"processes is {processes}: this machine has only {torch.cuda.device_count()} GPUs")
@@ -163,10 +166,11 @@ def launched(module: str, folder: Path, processes: int, progress=None) -> Iterat
         stderr=subprocess.STDOUT,
         text=True,
     )
-    bar, last, error = _OthersBar(progress), deque(maxlen=30), None
+    bar, last, error, killed = _OthersBar(progress), deque(maxlen=30), None, None
     try:
         for line in started.stdout:
             if not line.startswith(PREFIX):
+                killed = killed or KILLED.search(line)
                 last.append(line)
                 continue
             report = json.loads(line.removeprefix(PREFIX))
@@ -175,11 +179,22 @@ def launched(module: str, folder: Path, processes: int, progress=None) -> Iterat
             error = error or report.get("error")
             bar.show(report.get("bar"))
         if started.wait():
+            if killed:  # the others then report that their connection to it was lost
+                error = "RuntimeError", _killed(*map(int, killed.groups()), processes)
             kind, message = error or ("RuntimeError", f"one of {processes} processes failed:\n{''.join(last)}")
             raise RAISED.get(kind, RuntimeError)(message)
     finally:
         bar.close()
         _end(started)
+
+
+def _killed(number: int, process: int, pid: int, processes: int) -> str:
+    """The error message for a process that a signal ended."""
+    return (
+        f"process {process} of {processes} (pid {pid}) was ended by {signal.Signals(number).name}, as the system does "
+        "where memory is full: take fewer processes or a smaller micro_batch, and start the run again; it continues "
+        "from its last evaluation"
+    )
 
 
 class _OthersBar:

@@ -17,6 +17,7 @@ import torch
 from pandas import DataFrame
 
 from irra_core import runs
+from irra_core.analysis import plots
 from irra_core.annotations import hold_out
 from irra_core.backbone import WEIGHT_SUFFIXES
 from irra_core.hub.tags import download
@@ -421,6 +422,6 @@ def save_study(folder: Path, tables: Mapping[str, DataFrame], figures: Mapping[s
         written.append(f"{name}.csv")
     for name, figure in (figures or {}).items():
         for suffix in ("svg", "png"):
-            figure.savefig(folder / f"{name}.{suffix}", dpi=150)
+            plots.save(figure, folder / f"{name}.{suffix}", dpi=150)
             written.append(f"{name}.{suffix}")
     return written

@@ -4,11 +4,13 @@ import contextlib
 import json
 import multiprocessing
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -359,14 +361,35 @@ def _render(jobs: Sequence[tuple], progress: Any) -> list[dict[str, Any]]:
                 done.append(_photos(piece))
                 bar.update(len(piece))
             return [content for piece in done for content in piece]
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, mp_context=context) as pool:
-            with _main_hidden():
-                futures = {pool.submit(_photos, piece): i for i, piece in enumerate(pieces)}
+        with in_workers(_photos, [(piece,) for piece in pieces], processes) as futures:
             for future in as_completed(futures):
                 pieces[futures[future]] = future.result()
                 bar.update(len(pieces[futures[future]]))
     return [content for piece in pieces for content in piece]
+
+
+@contextlib.contextmanager
+def in_workers(function: Callable, calls: Sequence[tuple], processes: int) -> Iterator[dict[Future, int]]:
+    """The calls of a function, made by processes of their own: future → number of its call.
+
+    An error, an interrupt or SIGTERM within drops the calls that have not begun; SIGTERM is then SystemExit, so that
+    folders that are half-written are removed.
+    """
+    before = None
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+            try:
+                with _main_hidden():
+                    futures = {pool.submit(function, *call): number for number, call in enumerate(calls)}
+                yield futures
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

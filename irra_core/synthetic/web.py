@@ -4,9 +4,8 @@ The web is to person search what `general` is to the rendered streets: broader, 
 """
 
 import json
-import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from math import cos, radians
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from irra_core.settings import cores, progress_bar
 from irra_core.synthetic.captions import WORDS, Person, hidden_in, weighted
 from irra_core.synthetic.pedestrian import COLOURS, GARMENTS, HAIR_COLOURS, Figure
-from irra_core.synthetic.people import COLOURFUL, HAIR, PATTERNED, _body, _dressed, _main_hidden
+from irra_core.synthetic.people import COLOURFUL, HAIR, PATTERNED, _body, _dressed, in_workers
 from irra_core.synthetic.scenery import Random, _in, _in_sight, _pick, _render
 from irra_core.synthetic.sketch import HEIGHT, WIDTH, Eye, Number, Sketch
 from irra_core.synthetic.web_things import PLACES, pattern, place, studio, thing
@@ -116,9 +115,7 @@ def make_web(
             for part in missing:
                 bar.update(_draw_part(*part))
         elif missing:
-            with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-                with _main_hidden():
-                    futures = [pool.submit(_draw_part, *part) for part in missing]
+            with in_workers(_draw_part, missing, workers) as futures:
                 for future in as_completed(futures):
                     bar.update(future.result())
     records = [record for file in files for record in json.loads(file.read_text(encoding="utf-8"))]

@@ -197,6 +197,8 @@ def broken(*given, **named):  # between the forward pass and the backward pass, 
     calls.append(given)
     if os.environ["RANK"] == "1" and len(calls) == 2:
         Path(sys.argv[1], "raised").touch()
+        if "killed" in sys.argv[1]:
+            os.kill(os.getpid(), 9)
         raise LookupError("the second process is broken")
     return real(*given, **named)
 objective.total_loss = broken
@@ -204,15 +206,19 @@ training.main(sys.argv[1:])
 """
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("run", "the second process is broken"), ("killed", r"process 1 of 2 \(pid \d+\) was ended by SIGKILL, as the")],
+)
 def test_an_error_of_the_second_process_within_a_step_ends_all_within_30_s_and_is_raised(
-    annotations, tiny, tmp_path, monkeypatch
+    annotations, tiny, tmp_path, monkeypatch, name, said
 ):
     (tmp_path / "broken_training.py").write_text(BROKEN)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(distributed, "launched", lambda module, *given: launched("broken_training", *given))
-    with pytest.raises(RuntimeError, match="the second process is broken"):
-        list(train(tiny, annotations, tmp_path / "run", processes=2))
-    assert time.time() - (tmp_path / "run" / "raised").stat().st_mtime < 30
+    with pytest.raises(RuntimeError, match=said):
+        list(train(tiny, annotations, tmp_path / name, processes=2))
+    assert time.time() - (tmp_path / name / "raised").stat().st_mtime < 30
 
 
 @pytest.mark.parametrize("processes", [0, -1, 9])

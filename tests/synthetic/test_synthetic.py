@@ -2,6 +2,11 @@
 
 import hashlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from functools import partial
 from inspect import signature
@@ -180,6 +185,25 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         make_synthetic(tmp_path, people=12)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sigterm_ends_rendering_at_once_and_leaves_nothing(tmp_path):
+    lines = f"from irra_core.synthetic import make_synthetic; make_synthetic({str(tmp_path)!r})"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    rendering = subprocess.Popen([sys.executable, "-c", lines], env=environment, start_new_session=True)
+    while not list(tmp_path.glob(".synthetic-*/imgs/*.jpg")):
+        assert rendering.poll() is None
+        time.sleep(0.1)
+    rendering.send_signal(signal.SIGTERM)
+    assert rendering.wait(60) == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
+    for _ in range(100):
+        try:
+            os.killpg(rendering.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("a process that rendered is still there")
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ _HOMES = {  # module below irra_core: the names that it gives
     "runs": "runs",
     "training": "train training",
     "retrieval": "Gallery",
-    "explorer": "QueryExplorer",
+    "explorer": "QueryExplorer kept_gallery",
     "benchmark": "benchmark",
     "studies": "studies",
     "studies.comparison": "comparison",

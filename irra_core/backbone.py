@@ -99,7 +99,7 @@ def new_clip(config: Mapping[str, Any], image_size: tuple[int, int], stride: int
 
 def give_constants(clip: CLIP) -> None:
     """Set what a CLIP holds beside its weights, the temperature, as in a new one."""
-    clip.logit_scale.fill_(math.log(1 / 0.07))
+    clip.logit_scale = torch.full((), math.log(1 / 0.07), device=clip.text_projection.device)
 
 
 def patch_grid(image_size: tuple[int, int], patch: int, stride: int) -> tuple[int, int]:

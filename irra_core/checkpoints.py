@@ -6,6 +6,7 @@ import math
 import os
 import re
 import secrets
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from irra_core.backbone import (
     CHECKSUM,
@@ -110,15 +112,31 @@ def filled(
     maps our name of a parameter to the file's. Raises ValueError naming each tensor that does not fit.
     """
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _NothingDrawn():
             model = build()
     except (ValueError, RuntimeError) as error:  # RuntimeError: a size beyond what torch can count
         raise ValueError(f"{path}: {error}") from error
-    check_fit({named(name): value for name, value in learned(model.state_dict()).items()}, tensors, str(path))
-    model.to_empty(device=device or default_device())
+    wanted = learned(model.state_dict())
+    check_fit({named(name): value for name, value in wanted.items()}, tensors, str(path))
+    device = torch.device(device or default_device())
+    if (
+        device.type == "cpu" and sys.platform != "win32"
+    ):  # they stay in their file: processes share its memory
+        model.load_state_dict({name: tensors[named(name)].float() for name in wanted}, strict=False, assign=True)
+    else:
+        model.to_empty(device=device)
+        fill({named(name): value for name, value in learned(model.state_dict()).items()}, tensors, str(path))
     give_constants(model.clip)
-    fill({named(name): value for name, value in learned(model.state_dict()).items()}, tensors, str(path))
     return model
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Leaves out initial values, drawn and scaled: on meta, torch would load its compiler for them (3 s, 80 MB)."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") in ("normal_", "uniform_", "mul", "__mul__", "__rmul__"):
+            return args[0] if args else kwargs["tensor"]
+        return (torch.empty if function is torch.randn else function)(*args, **(kwargs or {}))
 
 
 def open_checkpoint(

@@ -265,7 +265,7 @@ def test_the_encoders_start_alike_whatever_losses_follow():
 
 
 def test_the_head_and_the_classifier_start_with_the_released_spread():
-    model = irra.build_model(irra.recipe(pretrained="none"), 500)
+    model = irra.build_model(irra.recipe(pretrained="none", interaction_depth=4), 500)
     assert model.mlm_head.fc.weight.std().item() == pytest.approx(128**-0.5 * 8**-0.5, rel=0.01)
     assert model.mlm_head.dense.weight.std().item() == pytest.approx(256**-0.5, rel=0.02)
     assert model.classifier.weight.std().item() == pytest.approx(0.001, rel=0.02)

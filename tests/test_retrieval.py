@@ -244,7 +244,7 @@ def test_a_model_of_another_width_or_size_is_refused(model, photos, tiny):
 def test_what_is_no_image_id_is_not_taken_for_one(model, photos, wrong):
     gallery = Gallery.build(model, photos[:4])
     with pytest.raises(ValueError, match=f"image_id {wrong!r} is not in the gallery: it is no whole number of 64 bits"):
-        gallery.remove([wrong])
+        gallery.remove(iter([wrong]))
     assert len(gallery) == 2
 
 

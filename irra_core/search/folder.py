@@ -164,7 +164,10 @@ def _without_repeats(parts: list[Shard]) -> list[Shard]:
     repeated = pd.concat([photos for photos, _ in parts]).duplicated(["image_id", "path", "pid"]).to_numpy()
     starts = np.cumsum([0, *(len(photos) for photos, _ in parts)])
     stays = [~repeated[start:end] for start, end in pairwise(starts)]
-    return [(photos[rows].reset_index(drop=True), features[rows]) for (photos, features), rows in zip(parts, stays)]
+    return [
+        (photos, features) if rows.all() else (photos[rows].reset_index(drop=True), features[rows])
+        for (photos, features), rows in zip(parts, stays)
+    ]
 
 
 def save_folder(folder: Path, model, store: Memory) -> None:

@@ -36,12 +36,14 @@ class Memory:
 
     def extend(self, shards: Iterable[Shard], graph: Path | None = None) -> None:
         """Append shards; `graph` is the file of a saved HNSW graph of the first rows."""
-        tables, features = [self.images], [self.features]
+        tables, features = ([self.images], [self.features]) if len(self) else ([], [])
         for photos, more in shards:
             tables.append(photos)
             features.append(more)
+        if not tables:
+            return
         self.images = pd.concat(tables, ignore_index=True)
-        self.features = np.concatenate(features)
+        self.features = np.concatenate(features) if len(features) > 1 else features[0]  # which may stay in its file
         self._row_of = pd.Index(self.images.image_id)
         if self.graph is None:
             return

@@ -119,9 +119,7 @@ def filled(
     wanted = learned(model.state_dict())
     check_fit({named(name): value for name, value in wanted.items()}, tensors, str(path))
     device = torch.device(device or default_device())
-    if (
-        device.type == "cpu" and sys.platform != "win32"
-    ):  # they stay in their file: processes share its memory
+    if device.type == "cpu" and sys.platform != "win32":  # they stay in their file: processes share its memory
         model.load_state_dict({name: tensors[named(name)].float() for name in wanted}, strict=False, assign=True)
     else:
         model.to_empty(device=device)

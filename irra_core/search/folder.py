@@ -247,6 +247,10 @@ def _read_head(folder: Path, model) -> dict[str, Any]:
     kinds = {"format": int, "model": str, "dim": int, "index": str, "photos": int}
     if {name: type(head.get(name)) for name in kinds} != kinds or head["format"] not in (1, FORMAT):
         raise ValueError(f"{path} is no gallery of format 1 or {FORMAT}: build the gallery again")
+    try:
+        check_index(head["index"])
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): build the gallery again") from None
     mine, width = model_fingerprint(model), feature_width(model)
     if head["model"] != mine:
         raise ValueError(

@@ -4,7 +4,9 @@ import base64
 import errno
 import io
 import json
+import math
 import os
+import random
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -409,3 +411,57 @@ def test_the_page_sets_text_never_markup_and_asks_no_other_host():
     style = Path(module.__file__).with_suffix(".css").read_text(encoding="utf-8")
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function", script)
     assert not re.search(r"https?:|//[a-z]+\.|@import|url\(|^import ", script + style, re.MULTILINE)
+
+
+def value(chance: random.Random, depth: int = 0):
+    """Anything that JSON can say."""
+    plain = (
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        1.7,
+        2**70,
+        10**400,
+        -0.0,
+        math.inf,
+        math.nan,
+        "",
+        "red",
+        "\ud800",
+        "a" * 9000,
+    )
+    if depth > 3 or chance.random() < 0.6:
+        return chance.choice(plain)
+    if chance.random() < 0.5:
+        return [value(chance, depth + 1) for _ in range(chance.randrange(4))]
+    return {chance.choice(("kind", "serial", "masks", "query", "")): value(chance, depth + 1) for _ in range(3)}
+
+
+@pytest.mark.parametrize(("count", "seed"), [(100, "short"), pytest.param(4000, "long", marks=pytest.mark.long)])
+def test_what_a_page_sends_never_breaks_the_explorer_nor_changes_what_is_the_kernels(
+    explorer, tmp_path, monkeypatch, count, seed
+):
+    monkeypatch.setenv("IRRA_REPORTS", str(tmp_path / "reports"))
+    explorer.query, chance = "red", random.Random(seed)
+    names = ("query", "k", "held", "view", "setup", "explanation", "fills", "picture", "note", "comm", "_esm")
+    kernels = ("setup", "_esm")
+    before = {name: getattr(explorer, name) for name in kernels}
+    for number in range(count):
+        if chance.random() < 0.5:
+            explorer.set_state({chance.choice(names): value(chance) for _ in range(chance.randint(1, 4))})
+        else:
+            kind = chance.choice(("explain", "fill", "picture", "save", "no such", value(chance)))
+            fields = {name: value(chance) for name in ("strip", "place", "image_id") if chance.random() < 0.7}
+            message = {"kind": kind, "serial": chance.choice((explorer.view.get("serial"), value(chance)))} | fields
+            explorer._receive(explorer, chance.choice((message, value(chance))), None)
+        assert {name: getattr(explorer, name) for name in kernels} == before, number
+        for sent in (explorer.explanation, explorer.fills):  # nothing, or the kernel's answer to an earlier ranking
+            assert 0 <= sent.get("serial", 0) <= explorer._serial, number
+        assert len(explorer.query) <= module.LONGEST, number
+        assert explorer.k in explorer.setup["choices"], number
+        assert len(json.dumps(explorer.view)) < 10**6, number
+    explorer.query = "someone in blue"
+    assert list(explorer.results.image_id[:2]) == [4, 5]

@@ -29,7 +29,8 @@ from irra_core.settings import default_device
 
 PATIENCE = timedelta(hours=12)  # one process decodes a data set or pretrains the small CLIP while the others wait
 PREFIX = "irra-core: "  # prefix of the lines of JSON that process 0 writes for the process that started torchrun
-KILLED = re.compile(r"failed \(exitcode: -(\d+)\) local_rank: (\d+) \(pid: (\d+)\)")  # in a line of torchrun's log
+# In a line of torchrun's log: SIGBUS, SIGKILL, SIGSEGV or SIGTERM. SIGABRT follows from an error that was reported.
+KILLED = re.compile(r"failed \(exitcode: -(7|9|11|15)\) local_rank: (\d+) \(pid: (\d+)\)")
 RAISED = {kind.__name__: kind for kind in (ValueError, TypeError, RuntimeError, FloatingPointError, OSError)}
 
 

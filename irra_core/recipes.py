@@ -206,8 +206,14 @@ def recipe(dataset: str = "synthetic", *, _smoke: bool | None = None, **override
 
 
 def read_recipe(values: Mapping[str, Any]) -> Recipe:
-    """The recipe of these values, as `Recipe.to_json` wrote them. Raises as `recipe` does."""
-    return Recipe(**_accepted(values))
+    """The recipe of these values, as `Recipe.to_json` wrote them, perhaps when the usual values were others.
+
+    What its losses do not read gets today's usual value. Raises as `recipe` does.
+    """
+    chosen = {item.name: item.default for item in fields(Recipe)} | _accepted(values)
+    usual = _usual(*(chosen[name] for name in ("dataset", "backbone", "pretrained", "preset")))
+    unread = [name for name, users in USED_BY.items() if not set(chosen["losses"].split("+")) & set(users)]
+    return Recipe(**chosen | {name: usual[name][0] for name in unread})
 
 
 def check_processes(processes: int | None, chosen: Recipe) -> int:

@@ -240,7 +240,7 @@ def test_a_photo_is_explained_on_the_gpu(chosen, annotations):
     asked = annotations[annotations.split == "test"][:1]
     with fake_cuda() as gpu:
         model = irra.build_model(chosen, 10)
-        blind = irra.build_model(chosen.replace(losses="itc", interaction_depth=4), 10)
+        blind = irra.build_model(chosen.replace(losses="itc", interaction_depth=1), 10)
         gpu.clear()
         assert explanations.explain(model, shown, "a man in red").maps.shape == (3, 4, 12, 4)
         assert explanations.explain(blind, shown, "a man in red", [2]).maps.shape == (1, 4, 12, 4)

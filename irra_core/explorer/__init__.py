@@ -3,7 +3,6 @@
 from irra_core.settings import lazily
 
 _HOMES = {
-    "kept": "kept_gallery",
     "widget": "THUMBNAIL LONGEST DEEP CHOICES Card QueryExplorer",
 }
 __getattr__, __dir__, __all__ = lazily(__name__, _HOMES)

@@ -11,7 +11,8 @@ from irra_core.checkpoints import save_checkpoint
 
 
 def test_the_interaction_encoders_have_the_papers_parameters_at_its_width():
-    table = interaction_costs(irra.recipe(), width=512, batch_size=1, words=8, repeats=1).set_index("interaction")
+    paper = irra.recipe(interaction_depth=4)
+    table = interaction_costs(paper, width=512, batch_size=1, words=8, repeats=1).set_index("interaction")
     for name, millions in {"cross": 13.66, "co": 33.62, "merged": 12.61}.items():
         assert table.parameters[name] / 1e6 == pytest.approx(millions, rel=1e-3)
     assert table.times["cross"] == 1.0

@@ -99,7 +99,8 @@ def test_a_model_gives_the_same_features_and_gradients_and_every_linear_map_is_t
     processor("AVX512")
     if not cpu._usable():
         pytest.skip("no oneDNN in this torch")
-    model, calls, product = irra.build_model(irra.recipe(pretrained="none"), 3), [], cpu._product
+    recipe, calls, product = irra.recipe(pretrained="none", interaction_depth=4), [], cpu._product
+    model = irra.build_model(recipe, 3)
     monkeypatch.setattr(cpu, "_product", lambda *given: calls.append(given) or product(*given))
     images, tokens = drawn(2, 3, 96, 32, dtype=torch.float32), torch.tensor([[49406, 320, 49407], [49406, 518, 49407]])
     labels, found = torch.tensor([[0, 320, 0], [0, 518, 0]]), []

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_retrieval import QUERIES, brute_force, model, photos, same_ranking  # noqa: F401 (fixtures)
 
 import irra_core as irra
@@ -27,7 +28,7 @@ def test_a_second_page_encodes_nothing_and_has_the_ranking_of_a_new_gallery(mode
 def test_a_changed_photo_another_pid_and_another_model_make_another_gallery(model, photos):  # noqa: F811
     irra.kept_gallery(model, photos)
     path = Path(photos.path[0])
-    path.write_bytes(Path(photos.path[2]).read_bytes())
+    Image.new("RGB", (8, 16), (200, 30, 60)).save(path)
     changed = irra.kept_gallery(model, photos)
     assert model.encoded == 60
     same_ranking(changed.search(QUERIES, k=30), brute_force(model, photos, QUERIES, 30))

@@ -59,8 +59,9 @@ def load_checkpoint(
 ) -> tuple[IRRA, Recipe]:
     """The model that `save_checkpoint` wrote, and its recipe; what was frozen, is.
 
-    `device` is by default the GPU if there is one. Raises ValueError for any other file, and for weights that are not
-    finite unless `finite` is False.
+    `device` is by default the GPU if there is one. On a CPU the weights stay in the file, which may be replaced but not
+    be written over while the model is used. Raises ValueError for any other file, and for weights that are not finite
+    unless `finite` is False.
     """
     from irra_core.variants.adapters import is_adapter
 

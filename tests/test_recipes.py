@@ -310,3 +310,10 @@ def test_every_public_name_leads_somewhere():
         irra.nosuch  # noqa: B018
     assert set(RECIPES) >= {"synthetic", "cuhk", "icfg", "rstp"}
     assert Path(irra.settings.project_root(), "irra_core").is_dir()
+
+
+def test_a_recipe_stored_when_the_usual_depth_was_another_is_read_where_its_losses_read_no_depth():
+    stored = json.loads(irra.recipe(losses="itc").to_json()) | {"interaction_depth": 4}
+    assert read_recipe(stored) == irra.recipe(losses="itc")
+    stored = json.loads(irra.recipe().to_json()) | {"interaction_depth": 4}
+    assert read_recipe(stored).interaction_depth == 4

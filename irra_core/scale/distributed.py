@@ -27,7 +27,7 @@ from irra_core.checkpoints import replaced
 from irra_core.recipes import Recipe, check_processes
 from irra_core.settings import default_device
 
-PATIENCE = timedelta(hours=12)  # one process decodes a data set or pretrains the small CLIP while the others wait
+PATIENCE = timedelta(hours=12)  # one process decodes a data set while the others wait
 PREFIX = "irra-core: "  # prefix of the lines of JSON that process 0 writes for the process that started torchrun
 # In a line of torchrun's log: SIGBUS, SIGKILL, SIGSEGV or SIGTERM. SIGABRT follows from an error that was reported.
 KILLED = re.compile(r"failed \(exitcode: -(7|9|11|15)\) local_rank: (\d+) \(pid: (\d+)\)")

@@ -119,14 +119,12 @@ def filled(
         raise ValueError(f"{path}: {error}") from error
     wanted = learned(model.state_dict())
     check_fit({named(name): value for name, value in wanted.items()}, tensors, str(path))
-    device = torch.device(device or default_device())
-    if device.type == "cpu" and sys.platform != "win32":  # they stay in their file: processes share its memory
-        model.load_state_dict({name: tensors[named(name)].float() for name in wanted}, strict=False, assign=True)
-    else:
-        model.to_empty(device=device)
-        fill({named(name): value for name, value in learned(model.state_dict()).items()}, tensors, str(path))
+    # On a CPU they stay in their file, whose memory processes share; on Windows such a file could not be replaced.
+    copied = sys.platform == "win32"
+    weights = {name: tensors[named(name)].to(torch.float32, copy=copied) for name in wanted}
+    model.load_state_dict(weights, strict=False, assign=True)
     give_constants(model.clip)
-    return model
+    return model.to(device or default_device())
 
 
 class _NothingDrawn(TorchFunctionMode):

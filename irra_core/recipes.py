@@ -212,8 +212,7 @@ def read_recipe(values: Mapping[str, Any]) -> Recipe:
     """
     chosen = {item.name: item.default for item in fields(Recipe)} | _accepted(values)
     usual = _usual(*(chosen[name] for name in ("dataset", "backbone", "pretrained", "preset")))
-    unread = [name for name, users in USED_BY.items() if not set(chosen["losses"].split("+")) & set(users)]
-    return Recipe(**chosen | {name: usual[name][0] for name in unread})
+    return Recipe(**chosen | {name: usual[name][0] for name in _unread(chosen["losses"].split("+"))})
 
 
 def check_processes(processes: int | None, chosen: Recipe) -> int:
@@ -350,7 +349,11 @@ def _check_losses(recipe: Recipe) -> None:
     if not set(names) & set(ALIGNING):
         raise ValueError(f"losses {recipe.losses!r} align nothing: add one of {', '.join(ALIGNING)}")
     usual = _usual(recipe.dataset, recipe.backbone, recipe.pretrained, recipe.preset)
-    for field_name, users in USED_BY.items():
-        value = getattr(recipe, field_name)
-        if value != usual[field_name][0] and not set(names) & set(users):
-            raise ValueError(f"{field_name} {value!r} has no effect with losses {recipe.losses!r}: add {users[0]}")
+    for name in _unread(names):
+        if (value := getattr(recipe, name)) != usual[name][0]:
+            raise ValueError(f"{name} {value!r} has no effect with losses {recipe.losses!r}: add {USED_BY[name][0]}")
+
+
+def _unread(losses: Iterable[str]) -> list[str]:
+    """The fields that none of these losses reads."""
+    return [name for name, users in USED_BY.items() if not set(losses) & set(users)]

@@ -60,7 +60,7 @@ def known(tmp_path_factory):
     one whose person the trained model puts first.
     """
     base = tmp_path_factory.mktemp("by-heart")
-    home = irra.make_synthetic(base / "data", people=24)
+    home = irra.make_synthetic(base / "data", people=40)
     records = DataFrame(json.loads((home / "annotations.json").read_text("utf-8"))).query("split == 'test'")
     annotations = home / "people.json"
     annotations.write_text(records.groupby("id").head(2).to_json(orient="records"), "utf-8")

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from pandas import DataFrame
 
-from irra_core.recipes import own_file
+from irra_core.recipes import RENDERED, own_file
 from irra_core.settings import data_root, project_root, short, unknown
 
 SPLITS = ("train", "val", "test")
@@ -32,7 +32,6 @@ class Source(NamedTuple):
     paper: str | None  # None: make_synthetic renders it
 
 
-SYNTHETIC = ("synthetic", "synthetic-night", "synthetic-campus")
 DATA_SETS: dict[str, Source] = {
     "cuhk": Source(
         "CUHK-PEDES", "reid_raw.json", 'Li et al., "Person Search with Natural Language Description", CVPR 2017'
@@ -48,7 +47,7 @@ DATA_SETS: dict[str, Source] = {
         "data_captions.json",
         'Zhu et al., "DSSL: Deep Surroundings-person Separation Learning for Text-based Person Retrieval", ACM MM 2021',
     ),
-} | {name: Source(name, "annotations.json", None) for name in SYNTHETIC}
+} | {name: Source(name, "annotations.json", None) for name in RENDERED}
 
 
 class _Row(NamedTuple):
@@ -121,9 +120,7 @@ def _missing(dataset: str, root: str | Path | None, what: str) -> FileNotFoundEr
     """The error for a missing data set: `what` is missing, the expected folders, and how to get them."""
     source, folder = DATA_SETS[dataset], data_root(root)
     if source.paper is None:
-        domain = dataset.removeprefix("synthetic").lstrip("-")
-        call = f'make_synthetic("{folder}"' + (f', domain="{domain}")' if domain else ")")
-        remedy = f"It needs no download: irra_core.{call} renders it there."
+        remedy = f'It needs no download: irra.open_annotations(irra.recipe("{dataset}"), "{folder}") renders it there.'
     else:
         remedy = (
             f"Request it from the authors of {source.paper}. If it is elsewhere, give the folder above it as "

@@ -70,13 +70,12 @@ def open_annotations(
     if not recipe.dataset.startswith("synthetic"):
         table = load_annotations(recipe.dataset, root, recipe.identities)
         return leave_out_unreadable(table, recipe, progress) if leave_out else table
-    from irra_core.synthetic.people import RENDERING, make_synthetic
+    from irra_core.synthetic.people import RENDERING, arguments_of, make_synthetic
 
     root = data_root(root) / (f"smoke/rendering-{RENDERING}" if smoke() else "")  # each version has its own folder
-    domain = recipe.dataset.removeprefix("synthetic").removeprefix("-") or "street"
-    made = {"people": SMOKE_IDENTITIES} if smoke() else {}
+    made = arguments_of(recipe.dataset, SMOKE_IDENTITIES if smoke() else None)
     made["height"] = 192 if recipe.image_height <= 192 else 384  # the other size is in a folder of its own
-    folder = make_synthetic(root, domain=domain, progress=progress, **made)
+    folder = make_synthetic(root, progress=progress, **made)
     return load_annotations(recipe.dataset, folder.parent, recipe.identities)
 
 

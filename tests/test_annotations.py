@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import irra_core as irra
 from irra_core import annotations as module
 from irra_core.annotations import DATA_SETS, hold_out, load_annotations, table_digest
 from irra_core.recipes import RECIPES
@@ -136,11 +138,15 @@ def test_what_is_missing_of_a_data_set_is_named(tmp_path):
         load_annotations("rstp", tmp_path)
 
 
-@pytest.mark.parametrize(("dataset", "call"), [("synthetic", ""), ("synthetic-night", ', domain="night"')])
-def test_missing_synthetic_people_ask_for_make_synthetic(dataset, call, tmp_path):
+@pytest.mark.parametrize("dataset", ["synthetic-night", "synthetic-study-campus"])
+def test_missing_synthetic_people_name_the_call_that_renders_them(dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("IRRA_SMOKE", "1")
     with pytest.raises(FileNotFoundError) as error:
         load_annotations(dataset, tmp_path)
-    assert f'make_synthetic("{tmp_path}"{call})' in str(error.value)
+    call = re.search(r"(irra\.open_annotations\(.*\)) renders it", str(error.value))[1]
+    table = eval(call, {"irra": irra})
+    assert str(table.path[0]).startswith(f"{tmp_path}/smoke/")
+    assert dataset in table.path[0].split("/")
 
 
 def test_images_that_are_all_missing_stop_at_load_and_a_few_do_not(tmp_path):

@@ -29,6 +29,7 @@ MARKER = "synthetic.json"  # beside the annotation file of rendered people; hold
 VIEWS = ("front", "back", "side", "any")  # of an identity's images
 TWINS = 0.22  # hard-negative pairs per identity: 593 among 2,700 people
 FEWEST = 12
+STUDY_TEST = 1000  # test people of the studies: 8,000 captions
 HEIGHT = 192  # of a photo, pixels: twice what the small CLIP reads
 ALONE = 100  # fewer photos than this are drawn by this process: starting workers would take longer
 LAYOUTS = {  # folder, annotation file, path field, first id, captions per image
@@ -210,12 +211,12 @@ def _dressed(person: Person, body: dict[str, Any]) -> dict[str, Any]:
     return complete | {"shades": shades | {"hair_colour": HAIR_COLOURS[complete["hair_colour"]]}}
 
 
-def _people(count: int, domain: str, seed: int) -> list[dict[str, Any]]:
+def _people(count: int, domain: str, seed: int, test: int | None = None) -> list[dict[str, Any]]:
     """All people of a data set: split, attributes, body and the list indices of their near-twins."""
     rng = np.random.default_rng([seed, DOMAINS.index(domain)])
-    val, test = max(2, round(count / 10)), max(2, round(3 * count / 20))
+    val, usual = max(2, round(count / 10)), max(2, round(3 * count / 20))
     people: list[dict[str, Any]] = []
-    for split, size in (("train", count - val - test), ("val", val), ("test", test)):
+    for split, size in (("train", count - val - usual), ("val", val), ("test", test or usual)):  # test last
         group: list[dict[str, Any]] = []
         known: set[tuple] = set()
 
@@ -263,17 +264,19 @@ def make_synthetic(
     domain: str = "street",
     progress: Any = None,
     height: int = HEIGHT,
+    test: int | None = None,
 ) -> Path:
     """Folder of rendered people below root, written once, and renamed into place once complete.
 
     `people` is the total, at least 12, split 15:2:3 into train, val and test, at least two each, with four views per
-    identity and two captions per image. `height` is the photos', in pixels; they are a third as wide. Photos of
-    another height than 192 are written below a folder of their own, `384x128/` for 384. layout `synthetic` writes
-    `synthetic/` for the domain `street` and `synthetic-<domain>/` for `night` and `campus`; `cuhk`, `icfg`
-    and `rstp` write those data sets' own folders and files (icfg has no val split and one caption per image). The same
-    arguments give the same pixels on any number of cores. `progress` is a class like tqdm. Raises ValueError for an
-    unknown layout or domain, for fewer than 12 people, for a height that is no multiple of 3 or below 48, and if the
-    folder holds anything other than these people.
+    identity and two captions per image. `test` changes the number of test people alone: the train and val photos stay
+    the same. `height` is the photos', in pixels; they are a third as wide. Photos of another height than 192 are
+    written below a folder of their own, `384x128/` for 384. layout `synthetic` writes `synthetic/` for the domain
+    `street` and `synthetic-<domain>/` for `night` and `campus`, with a number of test people `synthetic-study/` and
+    `synthetic-study-<domain>/`; `cuhk`, `icfg` and `rstp` write those data sets' own folders and files (icfg has no
+    val split and one caption per image). The same arguments give the same pixels on any number of cores. `progress`
+    is a class like tqdm. Raises ValueError for an unknown layout or domain, for fewer than 12 people or 2 test people,
+    for a height that is no multiple of 3 or below 48, and if the folder holds anything other than these people.
     """
     if layout not in LAYOUTS:
         raise unknown("layout", layout, LAYOUTS)
@@ -283,9 +286,14 @@ def make_synthetic(
         raise ValueError(f"people {people!r}: accepted is {FEWEST} or more, for two identities in every split")
     if height < 48 or height % 3:
         raise ValueError(f"height {height!r}: accepted are multiples of 3 from 48, as 192 or 384; the width is a third")
-    name = LAYOUTS[layout][0] if layout != "synthetic" or domain == "street" else f"synthetic-{domain}"
+    if test is not None and test < 2:
+        raise ValueError(f"test {test!r}: accepted is 2 or more people, or None for 3 of 20")
+    name = LAYOUTS[layout][0]
+    if layout == "synthetic":
+        name += ("" if test is None else "-study") + ("" if domain == "street" else f"-{domain}")
     folder = Path(root).resolve() / (f"{height}x{height // 3}" if height != HEIGHT else "") / name
     made = {"layout": layout, "people": people, "seed": seed, "domain": domain, "height": height}
+    made |= {} if test is None else {"test": test}
     made["rendering"] = RENDERING
     if _is_there(folder, made):
         return folder
@@ -301,6 +309,15 @@ def make_synthetic(
     if not _is_there(folder, made):
         raise OSError(f"{folder} could not be written: check the permissions and free space of {folder.parent}")
     return folder
+
+
+def arguments_of(dataset: str, people: int | None = None) -> dict[str, Any]:
+    """What `make_synthetic` is given for a rendered data set of RECIPES, or for a shrunken one of so many people."""
+    name = dataset.removeprefix("synthetic").removeprefix("-study").removeprefix("-")
+    made: dict[str, Any] = {"domain": name or "street"}
+    if dataset.startswith("synthetic-study"):
+        made["test"] = STUDY_TEST if people is None else max(2, round(3 * people / 20))
+    return made if people is None else made | {"people": people}
 
 
 def _is_there(folder: Path, made: dict[str, Any]) -> bool:
@@ -322,7 +339,7 @@ def _write(folder: Path, made: dict[str, Any], progress: Any) -> None:
     """Write photos, annotation file and marker into an empty folder."""
     _, file, field, first, captions = LAYOUTS[made["layout"]]
     jobs, records = [], []
-    for index, one in enumerate(_people(made["people"], made["domain"], made["seed"])):
+    for index, one in enumerate(_people(made["people"], made["domain"], made["seed"], made.get("test"))):
         pid = index + first
         split = "train" if made["layout"] == "icfg" and one["split"] == "val" else one["split"]
         for image, view in enumerate(VIEWS):

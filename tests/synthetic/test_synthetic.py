@@ -67,6 +67,31 @@ def test_the_default_is_split_fifteen_two_three_with_hard_negatives_in_every_spl
     assert all(pairs[split] >= 2 * 0.2 * size for split, size in {"train": 2025, "val": 270, "test": 405}.items())
 
 
+def test_the_studies_have_the_default_train_and_val_people_and_a_thousand_test_people():
+    count = signature(make_synthetic).parameters["people"].default
+    for domain in synthetic.DOMAINS:
+        usual, study = (synthetic._people(count, domain, 0, test) for test in (None, synthetic.STUDY_TEST))
+        assert [one for one in study if one["split"] != "test"] == [one for one in usual if one["split"] != "test"]
+        test = [one for one in study if one["split"] == "test"]
+        assert len(test) == 1000
+        assert sum(bool(one["twins"]) for one in test) >= 400
+        assert all(study[twin]["split"] == "test" for one in test for twin in one["twins"])
+
+
+@pytest.mark.parametrize("dataset", ["synthetic", "synthetic-study", "synthetic-study-night"])
+def test_more_test_people_change_no_other_photo(dataset, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(synthetic, "STUDY_TEST", 3)
+    made = make_synthetic(tmp_path, people=12, **synthetic.arguments_of(dataset))
+    assert made.name == dataset
+    assert irra.load_annotations(dataset, tmp_path).groupby("split").pid.nunique().to_dict() == {
+        "train": 8, "val": 2, "test": 2 if dataset == "synthetic" else 3
+    }  # fmt: skip
+    if "night" not in dataset:
+        kept = [record["img_path"] for record in read(made) if record["split"] != "test"]
+        assert len(kept) == 40
+        assert all((made / "imgs" / name).read_bytes() == (folder / "imgs" / name).read_bytes() for name in kept)
+
+
 def test_near_twins_are_those_who_differ_in_one_attribute():
     people = synthetic._people(60, "street", 3)
     expected = {i: [] for i in range(60)}
@@ -213,6 +238,7 @@ def test_sigterm_ends_rendering_at_once_and_leaves_nothing(tmp_path):
         ({"domain": "nigth"}, "did you mean 'night'"),
         ({"people": 11}, "12 or more"),
         ({"height": 200}, "height 200: accepted are multiples of 3"),
+        ({"test": 1}, "test 1: accepted is 2 or more people"),
     ],
 )
 def test_wrong_arguments_are_named(tmp_path, wrong, said):

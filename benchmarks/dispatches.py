@@ -23,7 +23,8 @@ from fake_cuda import fake_cuda, unusable
 
 import irra_core as irra
 from irra_core.batches import Batches
-from irra_core.objective import Objective, half_weights
+from irra_core.objective import Objective
+from irra_core.scale.precision import half_weights
 from irra_core.text import tokenize
 from irra_core.training import build_optimiser, optimise
 

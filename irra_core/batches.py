@@ -1,7 +1,6 @@
 """Table + array + seed + step → the batch of that step (so a run can resume at any step)."""
 
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -90,21 +89,6 @@ class Batch:
         """What the model takes, in its order."""
         places = None if self.at is None else (self.at, self.wanted, self.words)
         return self.images, self.tokens, self.masked_tokens, self.labels, places
-
-    def split(self, size: int) -> list["Batch"]:
-        """The same pairs in pieces of at most so many; of a batch without pairs, itself."""
-        cut = ("images", "tokens", "masked_tokens", "labels", "pids", "rows", "at", "words_each")
-        whole = self
-        if self.at is None or self.words_each is None:
-            known = dict(zip(PLACES, masked_places(self.labels), strict=True))
-            whole = replace(self, **known, words_each=tuple((self.labels != 0).sum(1).tolist()))
-        ends, pieces = [0, *accumulate(whole.words_each)], []
-        for start in range(0, max(len(self.rows), 1), size):
-            mine = {name: getattr(whole, name)[start : start + size] for name in cut}
-            own = slice(ends[start], ends[min(start + size, len(self.rows))])
-            wanted = whole.wanted[own] - start * whole.at.shape[1]
-            pieces.append(replace(self, **mine, wanted=wanted, words=whole.words[own]))
-        return pieces
 
 
 def masked_places(

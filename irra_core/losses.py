@@ -118,7 +118,6 @@ def total_loss(
     features: Any,
     pids: Int[Tensor, " batch"],
     recipe: Recipe,
-    classifier_weight: Float[Tensor, "identities dim"] | None = None,
     word_count: int | Tensor | None = None,
     names: Sequence[str] | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
@@ -133,7 +132,7 @@ def total_loss(
         "pids": pids,
         "temperature": recipe.temperature,
         "target": recipe.cmpm_target,
-        "weight": classifier_weight,
+        "weight": features.class_weight,
         "image_logits": features.image_logits,
         "text_logits": features.text_logits,
         "logits": features.word_logits,

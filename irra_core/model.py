@@ -24,6 +24,7 @@ class Features:
     text_logits: Float[Tensor, "batch ids"] | None = None
     word_logits: Float[Tensor, "masked vocabulary"] | None = None  # masked words only, row by row
     word_labels: Int[Tensor, " masked"] | None = None
+    class_weight: Float[Tensor, "ids dim"] | None = None  # the classifier's row per identity
 
 
 class IRRA(nn.Module):
@@ -104,7 +105,7 @@ class IRRA(nn.Module):
         if self.classifier is None:
             return features
         image, text = self._identities(torch.cat([features.image, features.text])).chunk(2)
-        return replace(features, image_logits=image, text_logits=text)
+        return replace(features, image_logits=image, text_logits=text, class_weight=self.classifier.weight)
 
     def _identities(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch ids"]:
         """Identity scores, in full precision also under autocast."""

@@ -54,17 +54,6 @@ def step_precision(precision: str, device: torch.device) -> str:
     return precision if precision != "auto" else "bf16" if able else "fp32"
 
 
-def half_weights(model: torch.nn.Module) -> torch.nn.Module:
-    """The released code's fp16: matrices of convolutions, attention, linear layers and projections are half.
-
-    LayerNorms and embeddings stay fp32. In place.
-    """
-    for name, parameter in model.named_parameters():
-        if not any(word in name for word in ("ln_", ".ln.", "embedding")):
-            parameter.data = parameter.data.half()
-    return model
-
-
 def loss_parts(
     model: IRRA, batch: Batch, recipe: Recipe, precision: str, team: Team = ALONE
 ) -> dict[str, Float[Tensor, ""]]:
@@ -82,15 +71,10 @@ def loss_parts(
         image, text = both.chunk(2, 1)
         found = Features(image, text, word_logits=features.word_logits, word_labels=features.word_labels)
         features = model.classified(found)
-    parts = total_loss(features, batch.all_pids, recipe, class_weight(model), batch.word_count)
+    parts = total_loss(features, batch.all_pids, recipe, batch.word_count)
     if "mlm" in parts and team.processes > 1:
         parts["mlm"] = team.gathered(parts["mlm"][None], team.processes).sum()
     return parts
-
-
-def class_weight(model: IRRA) -> Float[Tensor, "ids dim"] | None:
-    """The classifier's row per identity; None for a model without one."""
-    return None if model.classifier is None else model.classifier.weight
 
 
 class Objective:

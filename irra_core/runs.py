@@ -192,25 +192,6 @@ def finished(path: str | Path) -> bool:
     return all((Path(path) / name).exists() for name in (WEIGHTS, "metrics.json", "recipe.json"))
 
 
-def files_below(root: str | Path, ending: str) -> list[Path]:
-    """The files with this ending in a folder, at any depth, also behind linked folders; each once, in sorted order.
-
-    A folder that is there by itself and by a link, such as `latest`, has the path without the link.
-    """
-    found, seen, plain, linked = [], set(), [Path(root)], []
-    while plain or linked:
-        folder = plain.pop() if plain else linked.pop(0)
-        if (real := os.path.realpath(folder)) in seen or not folder.is_dir():
-            continue
-        seen.add(real)
-        for entry in sorted(folder.iterdir()):
-            if entry.is_dir():
-                (linked if entry.is_symlink() else plain).append(entry)
-            elif f"/{entry.name}".endswith(ending):
-                found.append(entry)
-    return sorted(found)
-
-
 def load_run(path: str | Path) -> dict[str, Any]:
     """The contents of a run folder: recipe, history, metrics, machine and queries (None where a file is absent).
 

@@ -25,7 +25,7 @@ from irra_core.checkpoints import load_checkpoint, load_weights, save_checkpoint
 from irra_core.evaluation import Evaluation, evaluate, gain, known_ceiling, known_twins, scores
 from irra_core.images import image_array, left_out
 from irra_core.model import IRRA
-from irra_core.objective import Objective, gradient_norm, half_weights, step_precision
+from irra_core.objective import Objective, gradient_norm, step_precision
 from irra_core.recipes import PLAIN, Recipe, check_processes
 from irra_core.settings import default_device, progress_bar
 from irra_core.text import tokenize
@@ -167,6 +167,8 @@ def replay(folder: str | Path) -> dict[str, float]:
 
     `train` saved the weights before that step in failed.safetensors and its batch in failed-batch.safetensors.
     """
+    from irra_core.scale.precision import half_weights
+
     model, recipe = load_checkpoint(Path(folder) / runs.FAILED, finite=False)
     tensors, _ = read_weights(Path(folder) / runs.FAILED_BATCH)
     device = default_device()
@@ -190,6 +192,7 @@ class _Run:
     ):
         from irra_core.scale.compiled import compile_blocks
         from irra_core.scale.machine import forget_peak
+        from irra_core.scale.precision import half_weights
         from irra_core.scale.saving import Saver
 
         forget_peak()  # of a run before this one in the same process

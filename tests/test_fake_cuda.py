@@ -21,7 +21,8 @@ from irra_core.augmentation import moved_together, normalise
 from irra_core.batches import Batches
 from irra_core.benchmark import workloads
 from irra_core.evaluation import encode_images
-from irra_core.objective import Objective, half_weights
+from irra_core.objective import Objective
+from irra_core.scale.precision import half_weights
 from irra_core.text import tokenize
 from irra_core.training import build_optimiser, optimise
 

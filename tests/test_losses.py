@@ -286,6 +286,8 @@ def features(words=6):
         text_logits=logits[1],
         word_logits=word_logits,
         word_labels=word_labels,
+        class_weight=torch.randn(7, 6, generator=torch.Generator().manual_seed(1)),
+        temperature=None,
     )
 
 
@@ -296,14 +298,14 @@ def test_every_loss_that_a_recipe_can_name_is_in_the_registry():
 
 @pytest.mark.parametrize("losses", ["sdm+id+mlm", "mlm+itc", "cmpm+cmpc", "tal+id+mlm"])
 def test_total_loss_has_one_part_for_each_name_in_the_recipes_order(losses, pids):
-    given, weight = features(), torch.randn(7, 6, generator=torch.Generator().manual_seed(1))
-    parts = total_loss(given, pids, recipe(losses=losses), weight)
+    given = features()
+    parts = total_loss(given, pids, recipe(losses=losses))
     assert list(parts) == losses.split("+")
     expected = {
         "sdm": sdm_loss(given.image, given.text, pids),
         "itc": itc_loss(given.image, given.text),
         "cmpm": cmpm_loss(given.image, given.text, pids, "sum"),
-        "cmpc": cmpc_loss(given.image, given.text, pids, weight),
+        "cmpc": cmpc_loss(given.image, given.text, pids, given.class_weight),
         "tal": tal_loss(given.image, given.text, pids),
         "id": id_loss(given.image_logits, given.text_logits, pids),
         "mlm": F.cross_entropy(given.word_logits[1:], given.word_labels[1:]),
@@ -315,7 +317,7 @@ def test_total_loss_has_one_part_for_each_name_in_the_recipes_order(losses, pids
 
 def test_total_loss_follows_the_recipes_temperature_and_target_and_the_word_count():
     given, pids = features(), torch.tensor(CROWDS["two groups"])
-    parts = total_loss(given, pids, recipe(losses="sdm+itc+cmpm+mlm", temperature=0.3, cmpm_target="l2"), None, 10)
+    parts = total_loss(given, pids, recipe(losses="sdm+itc+cmpm+mlm", temperature=0.3, cmpm_target="l2"), 10)
     assert parts["sdm"] == sdm_loss(given.image, given.text, pids, 0.3)
     assert parts["itc"] == itc_loss(given.image, given.text, 0.3)
     assert parts["cmpm"] == cmpm_loss(given.image, given.text, pids, "l2")

@@ -19,6 +19,7 @@ from irra_core import backbone
 from irra_core.batches import ALONE, Batches
 from irra_core.objective import Objective, loss_parts
 from irra_core.scale.distributed import joined
+from irra_core.scale.gradients import pieces_of
 from irra_core.text import tokenize
 from irra_core.training import build_optimiser, optimise
 
@@ -142,14 +143,14 @@ def test_losses_of_the_pieces_alone_would_be_others():
     recipe, model, batches = setting("every loss", True)
     batch = batches.at(0)
     whole = loss_parts(model, batch, recipe, "fp32")["itc"]
-    pieces = [irra.itc_loss(model.encode_image(p.images), model.encode_text(p.tokens)) for p in batch.split(4)]
+    pieces = [irra.itc_loss(model.encode_image(p.images), model.encode_text(p.tokens)) for p in pieces_of(batch, 4)]
     assert abs(sum(pieces) / len(pieces) - whole) > 0.1 * whole
 
 
 def test_pieces_of_a_batch_are_the_batch_in_order():
     _, _, batches = setting("every loss", False)
     batch = batches.at(0)
-    pieces = batch.split(3)
+    pieces = pieces_of(batch, 3)
     assert [len(piece.rows) for piece in pieces] == [3, 3, 1]
     for name in ("images", "tokens", "masked_tokens", "labels", "pids", "rows"):
         assert torch.equal(torch.cat([getattr(piece, name) for piece in pieces]), getattr(batch, name))

@@ -2,16 +2,18 @@
 
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from irra_core.batches import Batch
+from irra_core.batches import PLACES, Batch, masked_places
 from irra_core.losses import mlm_loss, total_loss
 from irra_core.model import IRRA, Features
-from irra_core.objective import Objective, class_weight, loss_parts
+from irra_core.objective import Objective, loss_parts
 from irra_core.recipes import Recipe
 from irra_core.scale.precision import step_arithmetic
 
@@ -75,7 +77,7 @@ def in_pieces(objective: Objective, batch: Batch, size: int) -> dict[str, Float[
     again and backpropagates its part of that gradient. This costs one more forward pass.
     Source: GradCache (Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021).
     """
-    pieces, team, losses = batch.split(size), objective.team, objective.parallel or _Losses(objective)
+    pieces, team, losses = pieces_of(batch, size), objective.team, objective.parallel or _Losses(objective)
     features, parts, gradient = _feature_gradient(objective, batch, pieces)
     mlm = features.new_zeros(())
     for number, (piece, piece_gradient) in enumerate(zip(pieces, gradient.split(size), strict=True), 1):
@@ -88,6 +90,22 @@ def in_pieces(objective: Objective, batch: Batch, size: int) -> dict[str, Float[
     if "mlm" in objective.recipe.loss_names:
         parts["mlm"] = team.gathered(mlm[None], team.processes).sum()
     return {name: parts[name] for name in objective.recipe.loss_names}
+
+
+def pieces_of(batch: Batch, size: int) -> list[Batch]:
+    """The same pairs in pieces of at most so many; of a batch without pairs, itself."""
+    cut = ("images", "tokens", "masked_tokens", "labels", "pids", "rows", "at", "words_each")
+    whole = batch
+    if batch.at is None or batch.words_each is None:
+        known = dict(zip(PLACES, masked_places(batch.labels), strict=True))
+        whole = replace(batch, **known, words_each=tuple((batch.labels != 0).sum(1).tolist()))
+    ends, pieces = [0, *accumulate(whole.words_each)], []
+    for start in range(0, max(len(batch.rows), 1), size):
+        mine = {name: getattr(whole, name)[start : start + size] for name in cut}
+        own = slice(ends[start], ends[min(start + size, len(batch.rows))])
+        wanted = whole.wanted[own] - start * whole.at.shape[1]
+        pieces.append(replace(batch, **mine, wanted=wanted, words=whole.words[own]))
+    return pieces
 
 
 def _feature_gradient(
@@ -109,4 +127,4 @@ def _losses_of_features(
     """The losses except MLM from global features; each row holds the image and the text feature side by side."""
     names = [name for name in recipe.loss_names if name != "mlm"]
     output = model.classified(Features(*features.chunk(2, 1)))
-    return total_loss(output, batch.all_pids, recipe, class_weight(model), names=names)
+    return total_loss(output, batch.all_pids, recipe, names=names)

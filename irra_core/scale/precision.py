@@ -36,6 +36,17 @@ def step_arithmetic(model: nn.Module, precision: str) -> Iterator[None]:
             yield
 
 
+def half_weights(model: nn.Module) -> nn.Module:
+    """The released code's fp16: matrices of convolutions, attention, linear layers and projections are half.
+
+    LayerNorms and embeddings stay fp32. In place.
+    """
+    for name, parameter in model.named_parameters():
+        if not any(word in name for word in ("ln_", ".ln.", "embedding")):
+            parameter.data = parameter.data.half()
+    return model
+
+
 def fused_attention(device: torch.device) -> AbstractContextManager:
     """Context manager in which a GPU's attention is computed by every kernel of torch except cuDNN's.
 

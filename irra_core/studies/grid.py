@@ -24,7 +24,7 @@ from irra_core.hub.tags import download
 from irra_core.images import open_annotations
 from irra_core.recipes import PRESETS, Recipe, recipe
 from irra_core.settings import cores, project_root, reports_root, smoke, unknown
-from irra_core.studies.tables import seconds_per_step
+from irra_core.studies.tables import files_below, seconds_per_step
 
 ROUGH_STEP_SECONDS = {"small": {True: 0.25, False: 0.1}}  # with and without MLM; measured on two cores of a server CPU
 ROUGH_RUN_SECONDS = 25.0  # time of a run besides its steps, on two cores: kernel, imports, evaluations, figures
@@ -221,7 +221,7 @@ def _measured_steps() -> dict[tuple, float]:
     """`_alike` of a recipe → median training seconds per step of the finished runs on this device."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     seconds: dict[tuple, list[float]] = {}
-    for file in runs.files_below(reports_root(), "/metrics.json"):
+    for file in files_below(reports_root(), "/metrics.json"):
         try:
             run = runs.load_run(file.parent)
         except (OSError, ValueError, KeyError, TypeError):

@@ -27,7 +27,7 @@ from irra_core.recipes import RECIPES, Recipe
 from irra_core.released.published import published
 from irra_core.settings import reports_root, smoke
 from irra_core.studies import comparison, transfer
-from irra_core.studies.tables import collect
+from irra_core.studies.tables import collect, files_below
 
 HEADINGS = {"R1": "R@1 (%)", "R5": "R@5 (%)", "R10": "R@10 (%)", "mAP": "mAP (%)", "mINP": "mINP (%)"}
 LARGEST_FIGURE = 2**20  # bytes; a larger one is linked and not embedded, which keeps the page small
@@ -301,7 +301,7 @@ def _picture(svg: bytes, label: str) -> Shown:
 
 def _studies(base: Path) -> list[Path]:
     """The folders of studies with a table, `<data set>/studies/<study>`."""
-    found = sorted({file.parent for file in runs.files_below(base, ".csv") if file.parent.parent.name == "studies"})
+    found = sorted({file.parent for file in files_below(base, ".csv") if file.parent.parent.name == "studies"})
     return [folder for folder in found if folder.relative_to(base).parts[0] != "smoke"]
 
 
@@ -350,7 +350,7 @@ def _cell(value: Any) -> Shown:
 def _other_notebooks(base: Path, known: Iterable[Path]) -> list[Shown]:
     """Links to executed notebooks that belong to no run and no study."""
     known = set(known)
-    found = [file for suffix in EXECUTED for file in runs.files_below(base, suffix)]
+    found = [file for suffix in EXECUTED for file in files_below(base, suffix)]
     links = []
     for file in found:
         place = file.relative_to(base)

@@ -1,6 +1,7 @@
 """Run folders and metrics → tables: all runs, a run beside the published results, its gains over where it began."""
 
 import json
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from pandas import DataFrame
 from irra_core.evaluation import METRICS, readable, scores_table
 from irra_core.recipes import Recipe
 from irra_core.released.published import published
-from irra_core.runs import files_below, load_run
+from irra_core.runs import load_run
 from irra_core.settings import reports_root
 
 
@@ -30,6 +31,25 @@ def collect(root: str | Path | None = None) -> DataFrame:
     table = DataFrame(rows)
     table.attrs["broken"] = broken
     return table
+
+
+def files_below(root: str | Path, ending: str) -> list[Path]:
+    """The files with this ending in a folder, at any depth, also behind linked folders; each once, in sorted order.
+
+    A folder that is there by itself and by a link, such as `latest`, has the path without the link.
+    """
+    found, seen, plain, linked = [], set(), [Path(root)], []
+    while plain or linked:
+        folder = plain.pop() if plain else linked.pop(0)
+        if (real := os.path.realpath(folder)) in seen or not folder.is_dir():
+            continue
+        seen.add(real)
+        for entry in sorted(folder.iterdir()):
+            if entry.is_dir():
+                (linked if entry.is_symlink() else plain).append(entry)
+            elif f"/{entry.name}".endswith(ending):
+                found.append(entry)
+    return sorted(found)
 
 
 def _row(path: Path) -> dict[str, Any]:

@@ -83,13 +83,18 @@ def load_annotations(
                 faults[row.record] = "field 'split' is missing: write it in every record (own data: or in none)"
     paths = _locate(file, rows, faults, folders, str(dataset), root)
     pids = _number([row.id for row in rows])
+    splits = [row.split for row in rows]
+    if splits[0] is None:
+        from irra_core.datasets.splits import split_identities
+
+        splits = split_identities(file, [row.name for row in rows], pids, seed)
     table = DataFrame(
         {
             "pid": pids,
             "image_id": pd.factorize(np.array(paths, dtype=object))[0].astype(np.int64),
             "path": paths,
             "caption": [row.caption for row in rows],
-            "split": [row.split for row in rows] if rows[0].split else _split_identities(file, pids, seed),
+            "split": splits,
         }
     )
     return table if identities is None else _fewer(table, identities)
@@ -134,14 +139,10 @@ def _missing(dataset: str, root: str | Path | None, what: str) -> FileNotFoundEr
 
 def _read(file: Path) -> tuple[list[_Row], dict[int, str]]:
     """The rows of an annotation file, and the first fault of each bad record: number → what is wrong with it."""
-    if file.suffix.lower() == ".json":
-        records = _read_json(file)
-    else:
-        from irra_core.datasets.tables import read_table
+    from irra_core.datasets.records import read_records
 
-        records = read_table(file)
     rows, faults = [], {}
-    for number, record in enumerate(records, start=1):
+    for number, record in enumerate(read_records(file), start=1):
         try:
             rows += _rows(number, record)
         except ValueError as error:
@@ -180,7 +181,8 @@ def _field(record: Mapping[str, Any], field: str, types: type | tuple[type, ...]
         near = difflib.get_close_matches(field, map(str, record), n=1)
         hint = f"is it {near[0]!r}? " if near else ""
         also = " (or img_path)" if field == "file_path" else ""
-        raise ValueError(f"field {field!r}{also} is missing: {hint}expected is {RECORD}")
+        has = f"the record has {short(', '.join(map(str, record)))}"
+        raise ValueError(f"field {field!r}{also} is missing: {hint}expected is {RECORD}; {has}")
     value = record[field]
     if not isinstance(value, types) or isinstance(value, bool):
         raise ValueError(f"{field} is {shown(value)}: expected is {expected}")
@@ -194,33 +196,6 @@ def _check_text(field: str, value: Any) -> None:
     if BAD_CHARACTERS.search(value):
         what = "a NUL character" if "\0" in value else "half a surrogate pair"
         raise ValueError(f"{field} {shown(value)} holds {what}: write it again without")
-
-
-def _read_json(file: Path) -> list:
-    """The records of a JSON file in the official schema (RECORD); other fields are ignored."""
-    text = read_text(file)
-    try:
-        records = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        size = f"{len(text):,} characters"
-        raise ValueError(
-            f"{named(file)} is not JSON: {error} (of {size}): copy it again, or correct it there"
-        ) from None
-    if not isinstance(records, list):
-        raise ValueError(f"{named(file)} holds {shown(records)}: expected is a list of records {RECORD}")
-    return records
-
-
-def read_text(file: Path) -> str:
-    """The text of a UTF-8 file, without a byte-order mark."""
-    content = file.read_bytes()
-    if not content.strip():
-        raise ValueError(f"{named(file)} is empty ({len(content)} bytes): copy it again")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        byte = f"byte {error.start:,} is 0x{content[error.start]:02x}"
-        raise ValueError(f"{named(file)} is not UTF-8 text: {byte}: save it as UTF-8") from None
 
 
 def _locate(
@@ -270,21 +245,6 @@ def _number(ids: list[str]) -> np.ndarray:
     if all(re.fullmatch("-?[0-9]{1,18}", text) for text in dict.fromkeys(ids)):  # 18 digits fit into 64 bits
         return np.array(ids, dtype=object).astype(np.int64)
     return pd.factorize(np.array(ids, dtype=object))[0].astype(np.int64)
-
-
-def _split_identities(file: Path, pids: np.ndarray, seed: int) -> list[str]:
-    """Each row's split: of the shuffled identities an eighth is val, a quarter test, the rest train."""
-    known = np.unique(pids)
-    val, test = max(2, round(len(known) / 8)), max(2, round(len(known) / 4))
-    if len(known) < val + test + 2:
-        raise ValueError(
-            f"{named(file)} has no splits, and its {len(known)} identities are too few to make them (two each): "
-            "write the field split, or annotate at least 6 identities"
-        )
-    shuffled = np.random.default_rng(seed).permutation(known).tolist()
-    split = dict.fromkeys(shuffled, "train")
-    split |= dict.fromkeys(shuffled[:val], "val") | dict.fromkeys(shuffled[val : val + test], "test")
-    return [split[pid] for pid in pids.tolist()]
 
 
 def _fewer(table: DataFrame, identities: int) -> DataFrame:

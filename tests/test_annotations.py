@@ -361,6 +361,19 @@ def test_an_official_file_without_splits_is_not_split_in_silence(tmp_path):
         load_annotations("cuhk", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["caption_all.json", "renamed.json"])
+def test_cuhk_pedes_without_its_split_stops_and_names_the_official_file(name, tmp_path):
+    folders = ["cam_a", "CUHK01", "CUHK03", "Market", "test_query", "train_query"]
+    content = [record | {"file_path": f"{folder}/{i}.png"} for i, (folder, record) in enumerate(zip(folders, people()))]
+    for record in content:
+        draw(tmp_path / "imgs" / record["file_path"])
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"CUHK-PEDES without its split.*reid_raw\.json.*-p dataset cuhk"):
+        load_annotations(tmp_path / name)
+    (tmp_path / name).write_text(json.dumps([record | {"split": "test"} for record in content]))
+    assert set(load_annotations(tmp_path / name).split) == {"test"}  # a split on purpose
+
+
 def test_a_byte_order_mark_windows_separators_and_other_alphabets_are_read(tmp_path):
     content = people(3, split="test")
     content[1]["file_path"] = "кам 1\\фото é.png"

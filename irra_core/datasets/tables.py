@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from irra_core.annotations import named, read_text, shown
+from irra_core.annotations import named, shown
 
 COLUMNS = ("path", "caption", "id", "split")  # the last is optional; other columns are ignored
 SURE_ROWS = 100_000  # of a Parquet file, which may hold any number in a few bytes; more need a byte each
@@ -84,3 +84,15 @@ def _check_columns(file: Path, columns: Sequence[str]) -> None:
                 f"{named(file)}: column {column!r} is missing: it has {shown(columns)}; expected are path, caption, id "
                 "and, optionally, split (in a CSV file separated by commas)"
             )
+
+
+def read_text(file: Path) -> str:
+    """The text of a UTF-8 file, without a byte-order mark."""
+    content = file.read_bytes()
+    if not content.strip():
+        raise ValueError(f"{named(file)} is empty ({len(content)} bytes): copy it again")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.start:,} is 0x{content[error.start]:02x}"
+        raise ValueError(f"{named(file)} is not UTF-8 text: {byte}: save it as UTF-8") from None

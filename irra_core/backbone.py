@@ -43,7 +43,8 @@ def build_model(recipe: Recipe, num_ids: int, device: str | torch.device | None 
     `device` is by default the GPU if there is one. The global random state is left alone. Raises ValueError for a
     backbone, tag or file that does not fit, FileNotFoundError for weights that are not there.
     """
-    config = configuration(recipe.backbone)
+    config = dict(configuration(recipe.backbone))
+    config["text_cfg"] = config["text_cfg"] | {"context_length": recipe.text_length}
     file = None if recipe.pretrained == "none" else _pretrained_file(recipe)
     with seeded(recipe.seed):
         model = IRRA(
@@ -112,13 +113,13 @@ def resize_positions(
 ) -> Float[Tensor, "resized dim"]:
     """Position embeddings, class token first, of a rows × cols grid: bilinear, no corner alignment, no antialias.
 
-    `source` is the grid they come from; without it they are taken for that grid if as many, else for a square one.
-    Source: released model, which resizes CLIP's 14×14 to 24×8.
+    `source` is the grid they come from; without it they are taken for that grid if as many, else for a square, or for
+    people's photos: 3 or 2 times as high as wide. Source: released model, which resizes CLIP's 14×14 to 24×8.
     """
     count = len(embedding) - 1
-    side = math.isqrt(count)
     if source is None:
-        source = (rows, cols) if count == rows * cols else (side, side)
+        grids = [(rows, cols), *((high * side, side) for high in (1, 3, 2) for side in [math.isqrt(count // high)])]
+        source = next((grid for grid in grids if math.prod(grid) == count), grids[1])
     if math.prod(source) != count:
         raise ValueError(f"{count} patch positions are no {source[0]}×{source[1]} grid: they fit no {rows}×{cols} grid")
     if source == (rows, cols):
@@ -126,6 +127,11 @@ def resize_positions(
     grid = embedding[1:].T.reshape(1, -1, *source)
     grid = F.interpolate(grid, (rows, cols), mode="bilinear", align_corners=False, antialias=False)
     return torch.cat([embedding[:1], grid.flatten(2)[0].T])
+
+
+def stretched(embedding: Float[Tensor, "positions width"], length: int) -> Float[Tensor, "length width"]:
+    """Text position embeddings of another number of positions: linear, the ends not aligned, as the images'."""
+    return F.interpolate(embedding.T[None], length, mode="linear", align_corners=False)[0].T.contiguous()
 
 
 def _pretrained_file(recipe: Recipe) -> Path:
@@ -196,9 +202,12 @@ def load_clip_weights(clip: CLIP, path: str | Path, towers: str = "both") -> Non
     base_model., as in checkpoints of this library and of the released code. Raises ValueError naming each tensor that
     is missing, left over, misshapen or without finite numbers.
     """
+    from irra_core.hub.field import origin
+
     content, metadata = read_weights(path)
     where = f"weights file {path}"
     tensors = _clip_tensors(content, where)
+    clip.origin = origin(content, path)
     check_weights(tensors, where)
     if (name := "visual.positional_embedding") in tensors:
         positions = tensors[name]
@@ -213,6 +222,8 @@ def load_clip_weights(clip: CLIP, path: str | Path, towers: str = "both") -> Non
             tensors[name] = resize_positions(positions.float(), *clip.visual.grid_size, source)
         except ValueError as error:
             raise ValueError(f"{where}: {name}: {error}") from error
+    if (words := tensors.get("positional_embedding")) is not None and words.ndim == 2 and len(words):
+        tensors["positional_embedding"] = stretched(words.float(), clip.context_length)
     own = learned(clip.state_dict())
     check_fit(own, tensors, where)
     keep = {"both": (), "image": (False,), "text": (True,)}[towers]

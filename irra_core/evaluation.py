@@ -205,7 +205,9 @@ def encode_texts(
 ) -> Float[Tensor, "n dim"]:
     """L2-normalised float32 features, on the CPU, of sentences."""
     device = next(model.parameters()).device
-    tokens = tokenize(list(captions) or [""])  # of no sentences, features of the right width
+    tokens = tokenize(
+        list(captions) or [""], length=model.clip.context_length
+    )  # of no sentences, features of the right width
     order = (tokens != 0).sum(1).argsort(stable=True)  # captions of one length together: little padding to compute
 
     def encode(start: int) -> Tensor:

@@ -24,6 +24,7 @@ USED_BY = {  # fields that only some losses read; changing one without its losse
 # Fields added after the first runs, at the values that change nothing: runs and weights made before stay valid.
 NEUTRAL = {"frozen": "none", "adapter_rank": 0, "micro_batch": None, "unreadable": "leave_out", "compile": False}
 PLAIN = {"pretrained": "none", "pretrained_towers": "both"} | NEUTRAL  # random weights, all of them trained
+NEUTRAL |= {"text_length": 77}  # not in PLAIN: the untrained model reads as much as the trained one
 LEAST_HALF_EPS = 1e-4  # for fp16, whose second moments of small gradients are 0: steps grow with 1 / adam_eps
 BOUNDS = {  # how a field's numbers can be bounded: the comparison and its words
     "least": (operator.ge, "at least"),
@@ -65,6 +66,7 @@ RECIPES |= {"cuhk": {}, "icfg": {}, "rstp": {}}
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "study": {"epochs": 2},  # many runs are compared, so each is short
+    "domain": {"batch_size": 128, "lr": 5e-6, "epochs": 60},  # HAM's fine-tuning of person-pretrained weights
     "released": {
         "select_on": "test",
         "mask_captions": True,
@@ -91,7 +93,7 @@ class Recipe:
 
     dataset: str = _number("synthetic", "rendered pedestrians: needs no download")
     identities: int | None = _number(None, "none: all; else about this many, spread over the splits", least=6)
-    preset: str = _number("paper", "study: short runs to compare; released: as the released code", PRESETS)
+    preset: str = _number("paper", "study: short; domain: from weights of people; released: as that code", PRESETS)
     backbone: str = _number("ViT-B-16-quickgelu", "paper: CLIP ViT-B/16; `small` is the synthetic recipe's")
     pretrained: str = _number("openai", "an open_clip tag, a file, `general` (small only) or `none`")
     pretrained_towers: str = _number("both", "paper; the other encoder stays random", ("both", "image", "text"))
@@ -100,6 +102,9 @@ class Recipe:
     image_height: int = _number(384, "paper, pixels", least=8)
     image_width: int = _number(128, "paper, pixels", least=8)
     stride: int = _number(16, "paper: the patch size, as for every backbone; smaller strides overlap, pixels", least=1)
+    text_length: int = _number(
+        77, "CLIP: tokens of a caption that are read; more stretch its positions", least=77, most=512
+    )
     losses: str = _number("sdm+id+mlm", f"paper; joined by plus signs from {', '.join(LOSS_NAMES)}")
     interaction: str = _number("cross", "paper: one cross-attention, then blocks", ("cross", "co", "merged"))
     interaction_depth: int = _number(4, "paper: transformer blocks", least=1)

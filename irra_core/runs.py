@@ -246,7 +246,7 @@ def summary(path: str | Path) -> str:
         lines += [f"{name.replace('_', ' '):>14}: {'  '.join(shown)}"] if shown else []
     if "ceiling_R1" in metrics:
         lines.append(f"{'ceiling':>14}: R1 {metrics['ceiling_R1']:.1f} (the best that the captions allow)")
-    marked = " (weights selected on test: not comparable)" if metrics["selected"]["on"] == "test" else ""
+    marked = " (weights selected on test: not comparable)" if "test" in metrics["selected"].values() else ""
     head = f"test, per cent with 95 % intervals{marked}" if lines else "no test split: nothing was scored"
     if "trainable_parameters" in machine:  # older runs did not record it
         lines.append(_size(machine))

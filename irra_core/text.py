@@ -3,6 +3,7 @@
 import gzip
 import html
 import importlib.util
+import warnings
 from collections.abc import Iterable
 from functools import lru_cache
 from itertools import islice
@@ -15,7 +16,7 @@ from jaxtyping import Int
 from tokenizers.models import BPE
 from torch import Generator, Tensor
 
-CONTEXT = 77  # tokens per caption, start and end included
+CONTEXT = 77  # tokens per caption, start and end included, unless the recipe has another text_length
 VOCABULARY = 49408
 MASK_ID = 49405  # as in the released code; in CLIP's vocabulary it is the word "jekyll"
 MASK_WORD = (43893, 865)  # "jeky" and "ll", which CLIP's last merge joins to that word
@@ -25,7 +26,7 @@ WORDS = regex.compile(  # as in CLIP: letters, one digit, or anything else up to
     rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE
 )
 GPU_LENGTHS = 8  # to whose multiples lengths are rounded: few shapes, of aligned rows
-LONGEST = 3000  # bytes of one word that are encoded: 75 tokens of at most 32 bytes end before that
+LONGEST = 40  # characters of one word that are encoded, per token of the caption: a token has at most 32 bytes
 LONGEST_TEXT = 5000  # characters of a text that are cleaned, of many spaces one: the time to repair it is quadratic
 HUGE_REFERENCE = regex.compile("&#[0-9]{4301,};?")  # Python refuses to read such a number; no character has it
 # The vocabulary spells each byte as a printable character: itself where it is one, else the next free one from 256 on.
@@ -39,8 +40,10 @@ def whole_characters(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def tokenize(captions: Iterable[str], mask: str = "[MASK]") -> Int[Tensor, "n 77"]:
+def tokenize(captions: Iterable[str], mask: str = "[MASK]", length: int = CONTEXT) -> Int[Tensor, "n {length}"]:
     """CLIP's token ids of each caption: start, words, end, padding 0; a caption that is too long keeps its end token.
+
+    A warning says how many captions are too long.
 
     Every literal `mask` becomes MASK_ID. CLIP's vocabulary gives that id to one word, "jekyll" (the released
     tokeniser stops at it with a KeyError). A caption with a mask spells it in its two pieces, so that there MASK_ID
@@ -49,33 +52,38 @@ def tokenize(captions: Iterable[str], mask: str = "[MASK]") -> Int[Tensor, "n 77
     if isinstance(captions, str):
         raise TypeError(f"captions is one text, {captions[:40]!r}: give a list of texts")
     captions = list(captions)
-    tokens = np.full((len(captions), CONTEXT), PADDING_ID, dtype=np.int64)
+    tokens, cut = np.full((len(captions), length), PADDING_ID, dtype=np.int64), 0
     for number, caption in enumerate(captions):
         if not isinstance(caption, str):
             raise TypeError(f"caption {number} is {caption!r}: expected is a text")
-        ids = [START_ID, *_encode(caption, mask)[: CONTEXT - 2], END_ID]
+        ids = _encode(caption, mask, length - 2)
+        cut += len(ids) > length - 2
+        ids = [START_ID, *ids[: length - 2], END_ID]
         tokens[number, : len(ids)] = ids
+    if cut:
+        said = f"{cut:,} of {len(captions):,} captions have more than {length} tokens: the rest of them is not read"
+        warnings.warn(f"{said}. `-p text_length N` makes a model that reads N", stacklevel=2)
     return torch.from_numpy(tokens)
 
 
-def _encode(caption: str, mask: str) -> list[int]:
-    """The token ids of a caption's words and masks; of a long caption at least the first 75."""
+def _encode(caption: str, mask: str, most: int) -> list[int]:
+    """The token ids of a caption's words and masks; of a longer caption more than `most`."""
     if not mask or mask not in caption:
-        return _encode_words(caption)
+        return _encode_words(caption, most)
     ids: list[int] = []
     for number, part in enumerate(caption.split(mask)):
         ids += [MASK_ID] * (number > 0)
-        for token in _encode_words(part):
+        for token in _encode_words(part, most):
             ids += MASK_WORD if token == MASK_ID else [token]
-        if len(ids) >= CONTEXT - 2:
+        if len(ids) > most:
             break
     return ids
 
 
-def _encode_words(text: str) -> list[int]:
-    """The token ids of a text without masks; of a long text those of its first 75 words."""
-    words = islice(WORDS.finditer(_cleaned(text)), CONTEXT - 2)  # each word has at least one token
-    return [token for word in words for token in _word_ids(word[0][:LONGEST])]
+def _encode_words(text: str, most: int) -> list[int]:
+    """The token ids of a text without masks; of a longer text more than `most`."""
+    words = islice(WORDS.finditer(_cleaned(text)), most + 1)  # each word has at least one token
+    return [token for word in words for token in _word_ids(word[0][: LONGEST * most])]
 
 
 @lru_cache(maxsize=2**16)
@@ -83,7 +91,7 @@ def _word_ids(word: str) -> tuple[int, ...]:
     """The token ids of one word, cached because captions share few words."""
     if word in (START, END):
         return (_bpe().token_to_id(word),)
-    letters = word.encode()[:LONGEST].decode("latin-1").translate(_LETTERS)
+    letters = word.encode().decode("latin-1").translate(_LETTERS)
     return tuple(token.id for token in _bpe().tokenize(letters))
 
 
@@ -113,7 +121,7 @@ def _bpe() -> BPE:
 def detokenize_words(tokens: Int[Tensor, " length"]) -> list[tuple[str, list[int]]]:
     """The words of one tokenised caption with the positions of their tokens; a mask is the word "[MASK]".
 
-    Start, end and padding are no words. Of a word that was cut at the 77th token, the part that is left.
+    Start, end and padding are no words. Of a word that was cut at the last token, the part that is left.
     """
     ids = tokens.tolist()
     last = ids.index(END_ID) if END_ID in ids else int(np.flatnonzero(ids)[-1:].sum()) + 1

@@ -201,7 +201,8 @@ class _Run:
         self.device = default_device()
         table = annotations[annotations.split == "train"].reset_index(drop=True)
         near = on_device(pixels, self.device) if resides(pixels, self.device) else pixels
-        self.batches = Batches(table, near, tokenize(table.caption.tolist()), recipe, self.device)
+        tokens = tokenize(table.caption.tolist(), length=recipe.text_length)
+        self.batches = Batches(table, near, tokens, recipe, self.device)
         self.model = self.initial_model(recipe)
         self.precision = step_precision(recipe.precision, self.device)
         if self.precision == "fp16":
@@ -330,7 +331,8 @@ class _Run:
         from irra_core.scale.machine import run_machine
         from irra_core.variants.adapters import merge
 
-        metrics: dict[str, Any] = {"selected": {"on": self.recipe.select_on, "step": self.best_step}} | counts
+        selected = {"on": self.recipe.select_on, "step": self.best_step} | self.model.clip.origin
+        metrics: dict[str, Any] = {"selected": selected} | counts
         merge(self.model)
         if (self.annotations.split == "test").any():
             self.team.wait()  # until process 0 has written them

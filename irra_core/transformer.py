@@ -28,6 +28,7 @@ class CLIP(nn.Module):
 
     def __init__(self, config: Mapping[str, Any], image_size: tuple[int, int]):
         super().__init__()
+        self.origin: dict[str, str] = {}  # on which split its pretrained weights were selected, if known (hub/field.py)
         text, dim, quick_gelu = config["text_cfg"], config["embed_dim"], config.get("quick_gelu", False)
         width = text.get("width", 512)
         self.context_length, self.vocab_size = text.get("context_length", 77), text.get("vocab_size", 49408)

@@ -52,8 +52,8 @@ def test_positions_of_the_same_grid_are_left_alone():
 
 
 def test_positions_that_form_no_known_grid_are_refused():
-    with pytest.raises(ValueError, match="12 patch positions are no 3×3 grid: they fit no 5×5 grid"):
-        resize_positions(torch.randn(13, 4), 5, 5)
+    with pytest.raises(ValueError, match="13 patch positions are no 3×3 grid: they fit no 5×5 grid"):
+        resize_positions(torch.randn(14, 4), 5, 5)
 
 
 def test_overlapping_patches_are_the_crops_a_stride_apart():

@@ -357,3 +357,25 @@ def test_trim_cuts_every_tensor_to_the_longest_caption_of_the_first():
 
 def test_the_constants_are_clips():
     assert [CLIP.sot_token_id, CLIP.eot_token_id, CLIP.vocab_size] == [START_ID, END_ID, VOCABULARY]
+
+
+@pytest.mark.parametrize("length", [77, 168, 512])
+def test_tokens_of_another_length_are_those_of_clip_in_that_context(length):
+    rng = random.Random(length)
+    words = ["a", "woman", "in", "red", "café", "123", "it's", "donâ€™t", "coat-like", "unbelievably", "!!!", "x"]
+    captions = [" ".join(rng.choice(words) for _ in range(count)) for count in (0, 5, 60, 75, 76, 166, 400, 900)]
+    captions += ["x" * 10_000, "é" * 10_000, "[MASK] " * 600]
+    expected = CLIP(captions[:-1], context_length=length)
+    with pytest.warns(UserWarning, match=f"of 11 captions have more than {length} tokens"):
+        found = tokenize(captions, length=length)
+    assert torch.equal(found[:-1], expected)
+    assert found[-1].tolist() == [START_ID, *[MASK_ID] * (length - 2), END_ID]
+
+
+@pytest.mark.parametrize("mask", ["", "[MASK] "], ids=["words", "a mask before them"])
+def test_the_warning_counts_the_captions_that_lose_tokens(mask, recwarn):
+    room = 75 - bool(mask)
+    tokenize([mask + "a " * (room - 1), mask + "a " * room])
+    assert not recwarn
+    with pytest.warns(UserWarning, match="2 of 3 captions have more than 77 tokens"):
+        tokenize([mask + "a " * room, mask + "a " * (room + 1), mask + "unbelievably-long " * 40])

@@ -351,18 +351,27 @@ def time_parts(parts: DataFrame, *, hue: str | None = None, ax: Axes | None = No
     return _finish(ax, grid="x")
 
 
-def caption_lengths(annotations: DataFrame, *, hue: str | None = "split", ax: Axes | None = None) -> Axes:
-    """Axes with the distribution of caption length in words, per split.
+def caption_lengths(
+    annotations: DataFrame,
+    *,
+    x: str = "words",
+    limit: int | None = None,
+    hue: str | None = "split",
+    ax: Axes | None = None,
+) -> Axes:
+    """Axes with the distribution of caption length in words, or in the unit of column `x`, per split.
 
-    annotations: columns `caption` and `hue`.
+    annotations: columns `caption` and `hue`, and `x` unless it is words. A line marks the `limit`, if there is one.
     """
     ax = plt.gca() if ax is None else ax
-    words = annotations["caption"].str.split().str.len().rename("words")
+    words = annotations[x] if x in annotations else annotations["caption"].str.split().str.len().rename(x)
     table = words.to_frame() if hue is None else words.to_frame().assign(**{hue: annotations[hue]})
     colors = None if hue is None else PALETTE[: table[hue].nunique()]
-    sns.histplot(table, x="words", hue=hue, palette=colors, color=PALETTE[0], stat="percent", common_norm=False,
+    sns.histplot(table, x=x, hue=hue, palette=colors, color=PALETTE[0], stat="percent", common_norm=False,
                  discrete=True, element="step", fill=hue is None, ax=ax)  # fmt: skip
-    ax.set(xlabel="words in a caption", ylabel="captions (%)" if hue is None else f"captions of the {hue} (%)")
+    ax.set(xlabel=f"{x} in a caption", ylabel="captions (%)" if hue is None else f"captions of the {hue} (%)")
+    if limit is not None:
+        ax.axvline(limit, color=QUIET, linestyle="--", label="_limit")
     if ax.get_legend() is not None:
         ax.get_legend().set(frame_on=False)
     return _finish(ax, grid="y")

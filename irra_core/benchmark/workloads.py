@@ -273,7 +273,7 @@ def noise_batches(bench: Bench, chosen: Recipe, captions: int, photos: int | Non
     train = train.assign(image_id=np.arange(captions) % (photos or captions))
     shape = (photos or captions, 3, chosen.image_height, chosen.image_width)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=bench.device)
-    return Batches(train, pixels, tokenize(train.caption.tolist()), chosen, bench.device)
+    return Batches(train, pixels, tokenize(train.caption.tolist(), length=chosen.text_length), chosen, bench.device)
 
 
 def _check_same_losses(model: IRRA, batch: Batch, chosen: Recipe, theirs: Mapping[str, Tensor]) -> None:
@@ -534,7 +534,7 @@ def loading(bench: Bench) -> list[Row]:
     chosen = chosen.replace(batch_size=bench.size("batch", 64, 4))
     pixels = image_array(list(photo_table(annotations).path), chosen.image_height, chosen.image_width).pixels
     train = annotations[annotations.split == "train"].reset_index(drop=True)
-    batches = Batches(train, pixels, tokenize(train.caption.tolist()), chosen, bench.device)
+    batches = Batches(train, pixels, tokenize(train.caption.tolist(), length=chosen.text_length), chosen, bench.device)
     count = bench.size("batches", 20, 3)
     model = build_model(chosen, len(batches.classes), device=bench.device).train()
     optimiser = build_optimiser(model, chosen)

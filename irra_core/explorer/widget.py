@@ -168,7 +168,7 @@ class QueryExplorer(anywidget.AnyWidget):
             cards = [_card(row) for row in table.head(self.k).itertuples()]
             self._note_moves(name, gallery, cards)
             strips.append({"name": name, "standing": self._standing(table), "cards": cards})
-        tokens = tokenize([text])
+        tokens = tokenize([text], length=max(read.model.clip.context_length for read in self._galleries.values()))
         if _is_cut(text, tokens):
             self.note = "This is longer than the model can read: it reads the words below and ignores the rest."
         words = [word for word, _ in detokenize_words(tokens[0])]
@@ -313,7 +313,7 @@ def _examples(annotations: DataFrame, n: int) -> list[str]:
 
 def _is_cut(text: str, tokens: torch.Tensor) -> bool:
     """True if the text has more tokens than the model reads."""
-    return bool(tokens[0, -1] == END_ID) and torch.equal(tokenize([text[:-1]]), tokens)
+    return bool(tokens[0, -1] == END_ID) and torch.equal(tokenize([text[:-1]], length=tokens.shape[1]), tokens)
 
 
 def _pid(pid: Any) -> int | None:

@@ -27,6 +27,7 @@ _INTERACTION = ("cross_attn.", "cross_modal_transformer.", "ln_pre_t.", "ln_pre_
 # The tensors from which the model's sizes are read, and the name of each axis; the first tensor with a size defines it.
 _SIZES = {
     "base_model.text_projection": ("text width", "feature width"),
+    "base_model.positional_embedding": ("text length", "text width"),
     "base_model.token_embedding.weight": ("vocabulary", "text width"),
     "base_model.visual.conv1.weight": ("image width", "channels", "patch size", "patch size"),
     "base_model.visual.positional_embedding": ("image positions", "image width"),
@@ -56,7 +57,7 @@ def load_official(
     image_size, patch, text_width = (image_size[0], image_size[1]), sizes["patch size"], sizes["text width"]
     _check_positions(sizes["image positions"] - 1, image_size, patch, stride, path)
     vision = {"width": sizes["image width"], "patch_size": patch, "layers": _depth(tensors, "base_model.visual.", path)}
-    text = {"context_length": 77, "vocab_size": sizes["vocabulary"], "width": text_width}
+    text = {"context_length": sizes["text length"], "vocab_size": sizes["vocabulary"], "width": text_width}
     text |= {"heads": text_width // _HEAD_WIDTH, "layers": _depth(tensors, "base_model.", path)}
     config = {"embed_dim": sizes["feature width"], "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}
     interaction = "cross" if any(name.startswith(_INTERACTION) for name in tensors) else None

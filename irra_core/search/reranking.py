@@ -113,7 +113,7 @@ def word_scores(
     """
     if model.interaction is None:
         raise ValueError("rerank 'words' needs the interaction encoder, which this model lacks: train with +mlm")
-    masked, labels = hidden_words(tokenize([text])[0])
+    masked, labels = hidden_words(tokenize([text], length=model.clip.context_length)[0])
     if not len(masked):
         return cosines
     images = normalise(moved(torch.from_numpy(pixels), next(model.parameters()).device))

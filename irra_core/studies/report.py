@@ -190,6 +190,8 @@ def _line(entry: Entry, base: Path) -> Shown:
     badges = [{"text": "example", "warn": False}] if entry.example else []
     if entry.recipe.select_on == "test":
         badges.append({"text": "selected on test: not comparable", "warn": True})
+    if any("pretrained_on" in runs.load_run(folder)["metrics"]["selected"] for folder in entry.folders):
+        badges.append({"text": "pretrained weights selected on test: not comparable", "warn": True})
     if not entry.scores:
         badges.append({"text": "no test split", "warn": False})
     if unreadable := max(runs.load_run(folder)["metrics"].get("unreadable_images", 0) for folder in entry.folders):

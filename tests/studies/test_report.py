@@ -93,6 +93,17 @@ def rows(root: Path, dataset: str) -> list[str]:
     return [re.sub(r"<title>.*?</title>|<[^>]+>", " ", row) for row in section.split("</table>")[0].split("<tr")[2:]]
 
 
+def test_a_run_from_weights_that_were_selected_on_test_has_a_badge(tmp_path):
+    folder = make_run(tmp_path, irra.recipe("cuhk", pretrained="none"))
+    assert "pretrained weights selected on test" not in Page(report.write_report(tmp_path).read_text()).words
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics["selected"]["pretrained_on"] = "test"
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    assert (
+        "pretrained weights selected on test: not comparable" in Page(report.write_report(tmp_path).read_text()).words
+    )
+
+
 def test_runs_that_differ_only_in_the_seed_share_a_line_with_the_mean_and_its_interval(root):
     (line,) = [
         entry for entry in report.entries(collect(root), root, {}) if entry.name == "default" and not entry.example

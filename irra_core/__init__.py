@@ -24,6 +24,7 @@ _HOMES = {  # module below irra_core: the names that it gives
     "variants.losses": "cmpm_loss cmpc_loss tal_loss LOSSES",
     "metrics": "retrieval_metrics metrics",
     "checkpoints": "save_checkpoint load_checkpoint checkpoints",
+    "hub.sources": "load_model",
     "released.checkpoint": "load_official save_official",
     "released.published": "published",
     "evaluation": "evaluate Evaluation evaluation",

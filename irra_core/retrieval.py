@@ -56,7 +56,7 @@ class Gallery:
         from irra_core.search.photo_table import nothing_to_read, photo_table
         from irra_core.search.stores import opened_store
 
-        check_recipe(model, recipe)
+        check_recipe(model, recipe, images)
         team = member(process, processes)
         with opened_store(model, index, url, folder, team) as store:
             gallery = cls(model, store, recipe.precision if recipe else "auto")

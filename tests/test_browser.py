@@ -286,7 +286,7 @@ def test_in_voila_the_same_page_is_served_without_code_to_who_has_the_token(brow
         finds_the_right_person_first(explorer, known["asked"])
         explains_itself(page, explorer)
         bears_any_text(explorer)
-        assert "Gallery.build" not in re.sub(r"(?s)irra\.load_checkpoint.*", "", page.inner_text("body"))
+        assert "Gallery.build" not in re.sub(r"(?s)irra\.load_model.*", "", page.inner_text("body"))
         assert page.locator(".jp-CodeMirrorEditor, .jp-InputArea-editor:visible").count() == 0
 
 

@@ -70,7 +70,7 @@ ROOMS = {  # room → other rooms that it may import
     "studies": ["analysis", "hub", "released", "synthetic"],
     "explorer": ["analysis"],
     "benchmark": ["released", "scale", "synthetic"],
-    "hub": [],
+    "hub": ["released"],
     "command": ["explorer", "hub", "search", "studies"],
 }
 # What a room may import of the core, where that is not all of it.

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from math import isqrt
+from math import isqrt, prod
 from pathlib import Path
 
 import torch
@@ -34,28 +34,35 @@ _SIZES = {
     "classifier.weight": ("number of identities", "feature width"),
     "classifier.bias": ("number of identities",),
 }
+# Image sizes (height, width) of people and of CLIP's own training, pixels, the paper's first.
+USUAL_SIZES = ((384, 128), (378, 126), (256, 128), (224, 224), (336, 336), (224, 112), (96, 32))
 _HEAD_WIDTH = 64  # of every attention head in CLIP and in the released code
 
 
 def load_official(
     path: str | Path,
-    image_size: Sequence[int] = (384, 128),
-    stride: int = 16,
+    image_size: Sequence[int] | None = (384, 128),
+    stride: int | None = 16,
     device: str | torch.device | None = None,
 ) -> IRRA:
     """The model in a file of the released code, in single precision; it attends to padding, as released.
 
     Widths, depths, heads (width / 64), patch, vocabulary and number of identities are read from the shapes of a few
     tensors. The image size (height, width) and the stride in pixels are not in the file: they are checked against the
-    number of positions. Other entries beside `model` and names that begin with module. are accepted; the classifier, or
-    the interaction encoder with its head, may be absent as a whole. `device` is by default the GPU if there is one.
+    number of positions. If one is None, the first of `USUAL_SIZES`, or of strides of a whole and three quarters of a
+    patch, that fits is taken. Other entries beside `model` and names that begin with module. are accepted; the
+    classifier, or the interaction encoder with its head, may be absent as a whole. `device` is by default the GPU if
+    there is one.
     Raises ValueError that names each tensor that is missing, left over or of the wrong shape; for an image size that
     does not fit, it lists sizes that fit.
     """
     tensors = _released_tensors(path)
     sizes = _sizes(tensors, path)
-    image_size, patch, text_width = (image_size[0], image_size[1]), sizes["patch size"], sizes["text width"]
-    _check_positions(sizes["image positions"] - 1, image_size, patch, stride, path)
+    patch, text_width, positions = sizes["patch size"], sizes["text width"], sizes["image positions"] - 1
+    image_size = None if image_size is None else (image_size[0], image_size[1])
+    if image_size is None or stride is None:
+        image_size, stride = _fitting(positions, image_size, patch, stride)
+    _check_positions(positions, image_size, patch, stride, path)
     vision = {"width": sizes["image width"], "patch_size": patch, "layers": _depth(tensors, "base_model.visual.", path)}
     text = {"context_length": sizes["text length"], "vocab_size": sizes["vocabulary"], "width": text_width}
     text |= {"heads": text_width // _HEAD_WIDTH, "layers": _depth(tensors, "base_model.", path)}
@@ -152,6 +159,23 @@ def _depth(tensors: Mapping[str, Tensor], tower: str, path: str | Path) -> int:
             "blocks numbered from 0 without gaps. Copy the file again"
         )
     return 1 + last
+
+
+def _fitting(
+    positions: int, image_size: tuple[int, int] | None, patch: int, stride: int | None
+) -> tuple[tuple[int, int], int]:
+    """What is given of image size and stride, and what is None such that they make that many patches.
+
+    Images of whole patches come first. Where nothing usual fits, the first of what is usual.
+    """
+    sizes = USUAL_SIZES if image_size is None else (image_size,)
+    sizes = sorted(sizes, key=lambda size: any(side % patch for side in size))
+    strides = (patch, max(patch * 3 // 4, 1)) if stride is None else (stride,)
+    for step in strides:
+        for size in sizes:
+            if min(size) >= patch and step > 0 and prod(patch_grid(size, patch, step)) == positions:
+                return size, step
+    return sizes[0], strides[0]
 
 
 def _check_positions(positions: int, image_size: tuple[int, int], patch: int, stride: int, path: str | Path) -> None:

@@ -1,27 +1,42 @@
 """Photos and sentences → features that can be ranked; the arguments of a search → checked."""
 
+import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32
 from pandas import DataFrame
 
+from irra_core.annotations import DATA_SETS
 from irra_core.evaluation import encode_images, encode_texts
 from irra_core.images import decoded_array
 from irra_core.recipes import Recipe
-from irra_core.settings import progress_bar
+from irra_core.settings import data_root, progress_bar
 from irra_core.text import whole_characters
 
+RENDERED_ONLY = (
+    "This model was trained on rendered people only: on photos its ranking means little. For photos take "
+    "irra.load_model('clip'), a checkpoint of the released code, or train on captions of your own (docs/own_photos.md)."
+)
 SHARD = 1024  # photos that are decoded, encoded and stored together: what an interruption costs at most
 
 
-def check_recipe(model, recipe: Recipe | None) -> None:
-    """Refuse a recipe whose photos have another size than the model's."""
+def check_recipe(model, recipe: Recipe | None, images: DataFrame | str | Path) -> None:
+    """Refuse a recipe whose photos have another size than the model's; warn where it learnt from rendered people.
+
+    The warning is for a folder of photos from elsewhere. A table is a data set, whose name its user has chosen.
+    """
     if recipe and (recipe.image_height, recipe.image_width) != tuple(model.image_size):
         raise ValueError(
             f"the recipe's photos are {recipe.image_height}×{recipe.image_width}, the model's "
             f"{model.image_size[0]}×{model.image_size[1]}: give the recipe that the model was built with"
         )
+    rendered = [name for name, source in DATA_SETS.items() if source.paper is None]
+    if recipe is None or recipe.dataset not in rendered or isinstance(images, DataFrame):
+        return
+    if not any(Path(images).resolve().is_relative_to((data_root() / name).resolve()) for name in rendered):
+        warnings.warn(RENDERED_ONLY, stacklevel=3)
 
 
 def encoded_photos(

@@ -8,13 +8,14 @@ from pathlib import Path
 from filelock import FileLock
 from pandas import DataFrame
 
+from irra_core.recipes import Recipe
 from irra_core.retrieval import Gallery
 from irra_core.search.photo_table import photo_table
 from irra_core.search.stores import model_fingerprint
 from irra_core.settings import cache_root
 
 
-def kept_gallery(model, images: DataFrame | str | Path, progress=None) -> Gallery:
+def kept_gallery(model, images: DataFrame | str | Path, progress=None, recipe: Recipe | None = None) -> Gallery:
     """The gallery of a table's photos or of a folder's, as `Gallery.build` makes it.
 
     Pages of one machine share the memory of its features, which stay in a file. A photo that was added, changed or
@@ -27,7 +28,7 @@ def kept_gallery(model, images: DataFrame | str | Path, progress=None) -> Galler
     folder = cache_root() / "galleries" / digest.hexdigest()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
-        gallery = Gallery.build(model, images, progress=progress, folder=folder)
+        gallery = Gallery.build(model, images, recipe, progress=progress, folder=folder)
         if len(list(folder.glob("part-*"))) > 1:
             gallery.save(folder)  # as one part, which stays in its file when it is read
     return gallery

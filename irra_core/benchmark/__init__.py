@@ -7,6 +7,6 @@ _HOMES = {
         "FORMAT PARTS measure profile_step merged speed_table ratios save_benchmark load_benchmark to_markdown "
         "machine_line"
     ),
-    "costs": "inference_ms interaction_costs",
+    "costs": "inference_ms step_seconds interaction_costs",
 }
 __getattr__, __dir__, __all__ = lazily(__name__, _HOMES)

@@ -1,26 +1,20 @@
 """A grid's finished runs → one table with intervals, a verdict in words, and what each variant costs."""
 
 import re
-import statistics
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import pandas as pd
-import torch
 from jaxtyping import Bool, Float, Int
 from pandas import DataFrame, Series
-from safetensors import safe_open
 
-from irra_core import runs
-from irra_core.backbone import learned
 from irra_core.evaluation import METRICS
 from irra_core.metrics import bootstrap_interval
 from irra_core.recipes import Recipe
 from irra_core.released.published import published
 from irra_core.settings import unknown
-from irra_core.studies.tables import seconds_per_step
+from irra_core.studies import committed
+from irra_core.studies.committed import DONE
 from irra_core.synthetic.people import is_rendered, twin_pids
 
 
@@ -29,7 +23,7 @@ def compare(finished: DataFrame, reference: str, hard: bool | Bool[np.ndarray, "
 
     finished: what `run_all` gave. Columns: `variant, reference, status, seeds`; each score in per cent as the mean over
     the seeds with its `_sd`; `R1_gain`, `mAP_gain` over the reference with `_low` and `_high`, the 95 % interval over
-    seeds and identities, paired over the seeds that both have; `parameters` (all are trained); `step_seconds`. `hard`
+    seeds and identities, paired over the seeds that both have; `parameters` (all are trained). `hard`
     keeps the queries whose person has a near-twin in the gallery, or those marked in an array of one truth a
     query. Where nothing finished, or no query is hard, the row's numbers are NaN and its status says why. Raises
     ValueError for an unknown reference, and for runs on different queries.
@@ -44,19 +38,19 @@ def compare(finished: DataFrame, reference: str, hard: bool | Bool[np.ndarray, "
         row = {"variant": name, "reference": reference, "status": _status(mine, found), "seeds": len(found)}
         if found:
             row |= _means(found) | _gains(found, loaded[reference], f"{name} and {reference}")
-            row |= _costs(mine[mine.status == "finished"].path)
+            row["parameters"] = committed.load(mine[mine.status.isin(DONE)].path.iloc[0])["parameters"]
         rows.append(row)
     scored = [f"{score}{end}" for score in METRICS for end in ("", "_sd")]
     gained = [f"{score}_gain{end}" for score in ("R1", "mAP") for end in ("", "_low", "_high")]
-    columns = ["variant", "reference", "status", "seeds", *scored, *gained, "parameters", "step_seconds"]
+    columns = ["variant", "reference", "status", "seeds", *scored, *gained, "parameters"]
     return DataFrame(rows).reindex(columns=columns)
 
 
 def _variant_runs(rows: DataFrame, hard: bool | np.ndarray) -> dict[int, DataFrame]:
     """Seed → the queries of its finished run, the hard ones alone where so asked; none where there is no such query."""
     found = {}
-    for row in rows[rows.status == "finished"].itertuples():
-        queries = pd.read_csv(Path(row.path) / "queries.csv")
+    for row in rows[rows.status.isin(DONE)].itertuples():
+        queries = committed.load(row.path)["queries"]
         if isinstance(hard, np.ndarray):
             queries = queries[hard]
         elif hard:
@@ -68,10 +62,11 @@ def _variant_runs(rows: DataFrame, hard: bool | np.ndarray) -> dict[int, DataFra
 
 def _status(rows: DataFrame, found: Mapping[int, DataFrame]) -> str:
     """What became of a variant, in a few words."""
-    finished, total = int((rows.status == "finished").sum()), len(rows)
-    if finished and not found:
+    done, total = rows.status[rows.status.isin(DONE)], len(rows)
+    if len(done) and not found:
         return "not available: no query is marked as hard"
-    said = "finished" if finished == total else f"{finished} of {total} finished" if finished else "not run"
+    name = " and ".join(sorted(set(done), reverse=True)) if len(done) == total else "finished"
+    said = name if len(done) == total else f"{len(done)} of {total} finished" if len(done) else "not run"
     reasons = list(dict.fromkeys(error for error in rows.error if error))
     return f"{said}: {'; '.join(reasons)}" if reasons else said
 
@@ -103,28 +98,17 @@ def _gains(found: Mapping[int, DataFrame], base: Mapping[int, DataFrame], names:
     return row
 
 
-def _costs(paths: Iterable[str]) -> dict[str, int | float]:
-    """Trained numbers of the network, and the median over the seeds of the seconds a training step took."""
-    paths = list(paths)
-    with safe_open(Path(paths[0]) / runs.WEIGHTS, "pt") as weights:
-        shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118 (not a dict)
-    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    parameters = sum(tensor.numel() for tensor in learned(tensors).values())
-    steps = [seconds_per_step(run) for run in map(runs.load_run, paths) if run["machine"]]
-    return {"parameters": parameters, "step_seconds": statistics.median(steps) if steps else float("nan")}
-
-
 def selection_inflation(finished: DataFrame, on_val: str, on_test: str) -> DataFrame:
     """What picking weights on test adds to R@1 on test, a row a seed: the two variants train alike and pick otherwise.
 
     Columns: `seed`, `evaluations` to pick from, `val_step` and `test_step` that were picked, the test R@1 of both
     (`picked_on_val, picked_on_test`) and `inflation`, their difference in percentage points. It cannot be negative.
     """
-    ended = finished[finished.status == "finished"]
+    ended = finished[finished.status.isin(DONE)]
     paths = {name: ended[ended.variant == name].set_index("seed").path for name in (on_val, on_test)}
     rows = []
     for seed in [seed for seed in paths[on_val].index if seed in paths[on_test].index]:
-        val, test = (runs.load_run(paths[name][seed]) for name in (on_val, on_test))
+        val, test = (committed.load(paths[name][seed]) for name in (on_val, on_test))
         steps = [run["metrics"]["selected"]["step"] for run in (val, test)]
         scores = test["history"].set_index("step").test_R1[steps].tolist()
         rows.append((seed, len(test["history"]), *steps, *scores, scores[1] - scores[0]))
@@ -194,13 +178,19 @@ def readable(table: DataFrame) -> DataFrame:
         own = table.variant == table.reference
         text[f"{score} against {table.reference.iloc[0]}"] = np.where(own & (table.seeds > 0), "reference", cells)
     text["parameters (M)"] = [_number(value / 1e6, "{:.2f}") for value in table.parameters]
-    text["s per step"] = [_number(value, "{:.3f}") for value in table.step_seconds]
+    if "step_seconds" in table:
+        text["s per step"] = [_number(value, "{:.3f}") for value in table.step_seconds]
     if "inference_ms" in table:
         text["inference (ms a pair)"] = [_number(value, "{:.2f}") for value in table.inference_ms]
     short = [status.split(":")[0] for status in table.status]  # the reasons are in the table of runs
-    text["seeds"] = [str(seeds) if said == "finished" else said for seeds, said in zip(table.seeds, short)]
+    text["seeds"] = [_seeds(seeds, said) for seeds, said in zip(table.seeds, short)]
     text.loc[table.seeds == 0, "R1 (%)"] = [said for seeds, said in zip(table.seeds, short) if not seeds]
     return text.set_index("")
+
+
+def _seeds(seeds: int, said: str) -> str:
+    """How many seeds a row has, and whether their runs are committed ones, or its status."""
+    return str(seeds) if said == "finished" else f"{seeds} ({said})" if said.endswith("committed") else said
 
 
 def _plus_minus(mean: float, sd: float) -> str:

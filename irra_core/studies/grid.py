@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import nbformat
 import pandas as pd
 import torch
 from pandas import DataFrame
@@ -22,8 +21,10 @@ from irra_core.annotations import hold_out
 from irra_core.backbone import WEIGHT_SUFFIXES
 from irra_core.hub.tags import download
 from irra_core.images import open_annotations
-from irra_core.recipes import PRESETS, Recipe, recipe
+from irra_core.recipes import PRESETS, RENDERED, Recipe, recipe
 from irra_core.settings import cores, project_root, reports_root, smoke, unknown
+from irra_core.studies import committed
+from irra_core.studies.committed import DONE
 from irra_core.studies.tables import files_below, seconds_per_step
 
 ROUGH_STEP_SECONDS = {"small": {True: 0.25, False: 0.1}}  # with and without MLM; measured on two cores of a server CPU
@@ -136,16 +137,18 @@ class _Job:
     steps: int = 0
     status: str = "not run"
     error: str = ""
+    committed: str = ""
     process: subprocess.Popen | None = None
     log: BinaryIO | None = None
     began: float = 0.0
     seconds: float = float("nan")
 
 
-def _jobs(recipes: Iterable[Recipe], data_root: str | Path | None, progress) -> dict[Recipe, _Job]:
+def _jobs(recipes: Iterable[Recipe], data_root: str | Path | None, progress, use: bool = True) -> dict[Recipe, _Job]:
     """One job per distinct recipe, with its folder; renders and decodes missing data, once.
 
-    A job whose data cannot be read has the status `failed` and the error.
+    A job whose data cannot be read has the status `failed` and the error. With `use` a committed run ends a job that no
+    finished run here ends; nothing is rendered for it alone.
     """
     tables: dict[tuple, DataFrame] = {}
     digests: dict[tuple, str] = {}
@@ -154,6 +157,9 @@ def _jobs(recipes: Iterable[Recipe], data_root: str | Path | None, progress) -> 
         job = jobs[planned] = _Job(planned)
         data = (planned.dataset, planned.identities)
         pixels = (*data, planned.image_height, planned.image_width, planned.pretrained == "general")
+        absent = planned.dataset in RENDERED and not committed.rendered_here(planned, data_root)
+        if use and absent and _take_committed(job, ""):
+            continue
         try:
             if data not in tables:
                 tables[data] = open_annotations(planned, data_root, progress)
@@ -165,10 +171,21 @@ def _jobs(recipes: Iterable[Recipe], data_root: str | Path | None, progress) -> 
             job.status, job.error = "failed", f"{type(error).__name__}: {error}"
             continue
         if runs.finished(job.folder):
-            job.status, job.seconds = "finished", _seconds(job.folder)
+            job.status, job.seconds = "finished", committed.run_seconds(job.folder)
+        elif use and _take_committed(job, digests[pixels]):
+            pass
         elif planned.precision == "fp16" and not torch.cuda.is_available():
             job.error = "fp16 needs a GPU"
     return jobs
+
+
+def _take_committed(job: _Job, data: str) -> bool:
+    """True, and the job's status is "committed", where a run with its recipe and data is committed."""
+    folder = committed.find(job.recipe, data)
+    if folder is not None:
+        job.folder, job.status, job.seconds = folder, "committed", committed.run_seconds(folder)
+        job.steps = int(committed.load(folder)["history"].step.iloc[-1])
+    return folder is not None
 
 
 def _steps(recipe: Recipe, annotations: DataFrame) -> int:
@@ -179,28 +196,21 @@ def _steps(recipe: Recipe, annotations: DataFrame) -> int:
     return min(steps, recipe.max_steps or steps)
 
 
-def _seconds(folder: Path) -> float:
-    """The seconds that a finished run took: its notebook if there is one, else training and evaluations."""
-    notebook = folder / "train.ipynb"
-    if notebook.exists():
-        duration = nbformat.read(notebook, 4).metadata.get("papermill", {}).get("duration")
-        if duration is not None:
-            return float(duration)
-    machine = runs.load_run(folder)["machine"]
-    return float(sum(machine["seconds"].values())) if machine else float("nan")
-
-
-def estimate(planned: DataFrame, data_root: str | Path | None = None, workers: int = 1, progress=None) -> str:
+def estimate(
+    planned: DataFrame, data_root: str | Path | None = None, workers: int = 1, progress=None, use_committed: bool = True
+) -> str:
     """A sentence: how many runs a plan needs, how many are finished, and about how long the rest takes.
 
     Seconds per step are those of finished runs with the same network, losses and device; without any, a rough figure.
     """
-    jobs = _jobs(planned.recipe, data_root, progress)
+    jobs = _jobs(planned.recipe, data_root, progress, use_committed)
     left = [job for job in jobs.values() if job.status == "not run" and not job.error]
     known = sum(job.status == "finished" for job in jobs.values())
     said = (
         f"{len(jobs)} different runs, {known} of them finished" if len(jobs) > 1 else f"1 run, {known} of them finished"
     )
+    if taken := sum(job.status == "committed" for job in jobs.values()):
+        said += f", {taken} committed"
     if refused := [job for job in jobs.values() if job.error]:
         said += f"; {len(refused)} cannot be run here ({'; '.join(dict.fromkeys(job.error for job in refused))})"
     if not left:
@@ -257,28 +267,38 @@ def run_all(
     workers: int = 1,
     progress=None,
     notebook: str | Path | None = None,
+    use_committed: bool = True,
+    export: bool = False,
 ) -> DataFrame:
-    """Execute the missing runs of a plan; returns the plan with `path, status, seconds, error` of every run.
+    """Execute the missing runs of a plan; returns the plan with `path, status, seconds, error, committed` of every run.
 
     Each run executes `notebook` (default: notebooks/train.ipynb) by papermill in its own process, `workers` at a time;
     they share the CPU's threads, and several GPUs are assigned in turn. The executed notebook is saved in the run's
     folder as train.ipynb. A finished run is not started again, and a recipe in two rows runs once. A failed run is
     listed with the last line of its error (its notebook is saved as failed.ipynb), and the others continue. Data that
     runs share are prepared first: rendered data, decoded photos, pretrained weights. An interrupt ends the running
-    notebooks; the next call resumes them. `status` is finished, failed or "not run"; `progress` is a tqdm-like class.
+    notebooks; the next call resumes them. `status` is finished, committed, failed or "not run"; `progress` is a
+    tqdm-like class.
+
+    A run that is committed (`committed.find`) is not started; `path` is then the folder of its committed files, and
+    `use_committed=False` ignores them. With `export` the small files of each finished run are written there as it
+    comes in. `committed` says of a finished run that is committed too whether they agree, or how they differ.
     """
-    jobs = _jobs(planned.recipe, data_root, progress)
+    jobs = _jobs(planned.recipe, data_root, progress, use_committed)
     waiting = [job for job in jobs.values() if job.status == "not run" and not job.error]
     _download_weights(waiting)
     waiting = [job for job in waiting if not job.error]
     notebook = Path(notebook or project_root() / "notebooks" / "train.ipynb").resolve()
     slots: list[_Job | None] = [None] * max(workers, 1)
     bar = _Bar(jobs.values(), progress)
+    for job in jobs.values():
+        _commit(job, export)
     try:
         while waiting or any(slots):
             for slot, job in enumerate(slots):
                 if job is not None and job.process.poll() is not None:
                     _end(job)
+                    _commit(job, export)
                     slots[slot] = job = None
                 if job is None and waiting:
                     slots[slot] = _start(waiting.pop(0), notebook, data_root, slot, len(slots))
@@ -290,8 +310,18 @@ def run_all(
         bar.close()
     row_jobs = [jobs[each] for each in planned.recipe]
     paths = [None if job.folder is None else str(job.folder) for job in row_jobs]
-    columns = {name: [getattr(job, name) for job in row_jobs] for name in ("status", "seconds", "error")}
+    columns = {name: [getattr(job, name) for job in row_jobs] for name in ("status", "seconds", "error", "committed")}
     return planned.assign(path=paths, **columns)
+
+
+def _commit(job: _Job, export: bool) -> None:
+    """Export a finished run if so asked, and compare it with the committed one."""
+    if job.status != "finished":
+        return
+    if export:
+        committed.export_run(job.folder)
+    folder = committed.find(job.recipe, runs.load_run(job.folder)["data"])
+    job.committed = "" if folder is None else committed.disagreement(job.folder, folder) or "agrees"
 
 
 def _download_weights(waiting: list[_Job]) -> None:
@@ -383,10 +413,10 @@ class _Bar:
         return sum(job.steps for job in self.jobs if not job.error)
 
     def done(self) -> int:
-        return sum(job.steps if job.status == "finished" else _reached(job) for job in self.jobs if not job.error)
+        return sum(job.steps if job.status in DONE else _reached(job) for job in self.jobs if not job.error)
 
     def move(self) -> None:
-        ended = [sum(job.status == status for job in self.jobs) for status in ("finished", "failed")]
+        ended = [sum(job.status in statuses for job in self.jobs) for statuses in (DONE, ("failed",))]
         now = (self.done(), *ended)
         if self.bar is None or now == self.shown:
             return

@@ -11,16 +11,19 @@ from pandas import DataFrame
 from irra_core import evaluation
 from irra_core.analysis.leaks import SAME, nearest, pairs, photo_hashes, without
 from irra_core.annotations import DATA_SETS, photo_table
+from irra_core.backbone import build_model
 from irra_core.checkpoints import load_checkpoint
 from irra_core.evaluation import METRICS, Interval, evaluate
 from irra_core.images import image_array
 from irra_core.metrics import bootstrap_interval
+from irra_core.recipes import RENDERED
 from irra_core.released.published import published
-from irra_core.runs import WEIGHTS, load_run
+from irra_core.runs import WEIGHTS, data_digest
 from irra_core.settings import data_root, reports_root, smoke
+from irra_core.studies import committed
 
 REAL = ("cuhk", "icfg", "rstp")
-RENDERED = ("synthetic", "synthetic-night", "synthetic-campus")
+DOMAINS = ("synthetic-study", "synthetic-study-night", "synthetic-study-campus")
 BEFORE = "CLIP before fine-tuning"
 PAIR = ["train", "test"]
 Hashed = Mapping[tuple[str, str], tuple[DataFrame, np.ndarray]]  # data set, split → a row a photo, hashes
@@ -34,7 +37,7 @@ def present(dataset: str, root: str | Path | None = None) -> bool:
 
 def transfer_domains(root: str | Path | None = None) -> tuple[str, ...]:
     """The three real data sets where at least one of them lies below the data root, else the three rendered domains."""
-    return REAL if any(present(name, root) for name in REAL) else RENDERED
+    return REAL if any(present(name, root) for name in REAL) else DOMAINS
 
 
 def transfer_folder(datasets: Iterable[str]) -> Path:
@@ -82,28 +85,57 @@ def transfer_queries(
     """Every run asked the test captions of every data set: a row a query, with R1, R5, R10, AP and INP in per cent.
 
     trained: columns `train, seed, path` (of the run folder). `leaks` says whether leaked test photos and their
-    captions were "kept" or "left out"; `query` counts a data set's test captions, so that runs can be paired.
+    captions were "kept" or "left out"; `query` counts a data set's test captions, so that runs can be paired. The CLIP
+    that the runs began from is asked the same, once per data set, under the name BEFORE, with each run's seed.
+
+    Results are stored in the run's folder, as `results_file` names them, and read from there the next time. A pair
+    without stored results whose run has no weights here, as a committed one, is left out.
     """
-    jobs = [(run, test) for run in trained.itertuples() for test in tables]
+    firsts = trained.sort_values("seed").drop_duplicates("train")
+    jobs = [(run, test, False) for run in trained.itertuples() for test in tables]
+    jobs += [(run, run.train, True) for run in firsts.itertuples() if run.train in tables]
     found = []
-    for run, test in progress(jobs, desc="testing", unit="pair") if progress else jobs:
-        table = tables[test]
-        here = None if leaked is None else leaked[(leaked.train == run.train) & (leaked.test == test)]
+    for run, test, before in progress(jobs, desc="testing", unit="pair") if progress else jobs:
+        here = None if leaked is None or before else leaked[(leaked.train == run.train) & (leaked.test == test)]
         gone = set() if here is None else set(here.test_image_id)
-        model, recipe = load_checkpoint(Path(run.path) / WEIGHTS)
-        pixels = image_array(list(photo_table(table).path), *model.image_size).pixels
-        kept = _asked(model, table, pixels, recipe.precision)
-        left_out = _asked(model, without(table, gone), pixels, recipe.precision) if gone else kept
-        for leaks, rows in (("kept", kept), ("left out", left_out)):
-            found.append(rows.assign(train=run.train, test=test, seed=run.seed, leaks=leaks))
+        for leaks in ("kept", "left out"):
+            rows = _results(Path(run.path), test, tables[test], gone if leaks == "left out" else set(), before)
+            if rows is None:
+                continue
+            seeds = sorted(set(trained.seed)) if before else [run.seed]
+            parts = [rows.assign(train=BEFORE if before else run.train, test=test, seed=seed) for seed in seeds]
+            found += [part.assign(leaks=leaks) for part in parts]
     columns = [*PAIR, "seed", "leaks", "query", "pid", "image_id", *METRICS.values()]
     return pd.concat(found, ignore_index=True)[columns] if found else DataFrame(columns=columns)
 
 
-def _asked(model, table: DataFrame, pixels: np.ndarray, precision: str) -> DataFrame:
-    """What each test caption of a table got; `query` is its row in the table, the same with and without leaks."""
-    queries = table.index[table.split == "test"]
-    return evaluate(model, table, "test", pixels=pixels, precision=precision).text_to_image.assign(query=queries)
+def results_file(path: Path, test: str, before: bool = False, data: str = "") -> Path:
+    """Where the results of a run, or of the CLIP before it, on a data set's test captions are stored (see data_key)."""
+    name = f"{'before-' if before else ''}{Path(test).stem[:60]}-{committed.data_key(test, data)}"
+    return Path(path) / f"queries-{name}.csv.gz"
+
+
+def _results(path: Path, test: str, table: DataFrame, gone: set[int], before: bool) -> DataFrame | None:
+    """What each test caption got, stored or computed; `query` is its row in the table, the same without leaks."""
+    run = committed.load(path)
+    if before and run["recipe"].pretrained == "none":
+        return None
+    rest, recipe = without(table, gone) if gone else table, run["recipe"]
+    queries = rest.index[rest.split == "test"]
+    data = "" if test in RENDERED else data_digest(table, recipe)
+    if run["recipe"].dataset == test and not before and not gone and len(run["queries"]) == len(queries):
+        return run["queries"].assign(query=queries)
+    file = results_file(path, test, before, data)
+    if not gone and file.is_file() and len(stored := committed.read_ranks(file)) == len(queries):
+        return stored.assign(query=queries)
+    if not (path / WEIGHTS).is_file():
+        return None
+    model = build_model(recipe, 1) if before else load_checkpoint(path / WEIGHTS)[0]
+    pixels = image_array(list(photo_table(table).path), *model.image_size).pixels
+    found = evaluate(model, rest, "test", pixels=pixels, precision=recipe.precision).text_to_image
+    if not gone:
+        committed.write_ranks(file, found.assign(hard=False))
+    return found.assign(query=queries)
 
 
 def transfer_matrix(queries: DataFrame, datasets: Iterable[str], trained: DataFrame | None = None) -> DataFrame:
@@ -120,7 +152,10 @@ def transfer_matrix(queries: DataFrame, datasets: Iterable[str], trained: DataFr
                 chosen = queries[(queries.train == train) & (queries.test == test) & (queries.leaks == leaks)]
                 rows.append({"train": train, "test": test, "leaks": leaks, **_cell(chosen)})
         for test in names if trained is not None else ():
-            rows.append({"train": BEFORE, "test": test, "leaks": leaks, **_before(test, trained)})
+            chosen = queries[(queries.train == BEFORE) & (queries.test == test) & (queries.leaks == leaks)]
+            once = chosen[chosen.seed == chosen.seed.min()]  # the seeds have the same CLIP
+            cell = _before(test, trained) if once.empty else _cell(once)
+            rows.append({"train": BEFORE, "test": test, "leaks": leaks, **cell})
     return DataFrame(rows)
 
 
@@ -134,7 +169,7 @@ def _cell(queries: DataFrame) -> dict[str, Any]:
 def _before(test: str, trained: DataFrame) -> dict[str, Any]:
     """The scores of the CLIP that a run on this data set began from, as the run keeps them."""
     for path in trained[trained.train == test].path:
-        if "pretrained" in (metrics := load_run(path)["metrics"]):
+        if "pretrained" in (metrics := committed.load(path)["metrics"]):
             return {"seeds": 1, "queries": metrics["queries"]} | _named(metrics["pretrained"])
     return _cell(DataFrame())
 

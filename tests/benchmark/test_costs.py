@@ -6,6 +6,7 @@ from pandas import DataFrame
 
 import irra_core as irra
 from irra_core import runs
+from irra_core.benchmark import costs
 from irra_core.benchmark.costs import inference_ms, interaction_costs
 from irra_core.checkpoints import save_checkpoint
 
@@ -24,6 +25,28 @@ def test_every_finished_variant_has_its_time_per_photo_and_sentence(tmp_path):
     torch.manual_seed(0)
     save_checkpoint(irra.build_model(recipe, 3), recipe, tmp_path / runs.WEIGHTS)
     rows = [("sdm", str(tmp_path), "finished"), ("sdm", "absent", "finished"), ("itc", None, "not run")]
-    times = inference_ms(DataFrame(rows, columns=["variant", "path", "status"]), batch_size=2, repeats=1)
-    assert list(times) == ["sdm"]
-    assert times["sdm"] > 0
+    rows += [("tal", "without weights", "committed")]
+    table = DataFrame(rows, columns=["variant", "path", "status"]).assign(recipe=recipe)
+    times = inference_ms(table, batch_size=2, repeats=1)
+    assert list(times) == ["sdm", "tal"]
+    assert min(times.values()) > 0
+
+
+def test_steps_are_timed_in_turns_each_with_the_losses_of_its_recipe(annotations, monkeypatch):
+    made = irra.recipe(pretrained="none", batch_size=4)
+    recipes = {name: made.replace(losses=name) for name in ("sdm", "sdm+id+mlm")}
+    recipes["half"] = made.replace(precision="fp16", adam_eps=1e-3)
+    steps, real = [], costs.optimise
+
+    def optimise(objective, optimiser, batch):
+        numbers = real(objective, optimiser, batch)
+        steps.append((objective.recipe.losses, len(numbers) - 1, tuple(batch.tokens.flatten().tolist())))
+        return numbers
+
+    monkeypatch.setattr(costs, "optimise", optimise)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    seconds = costs.step_seconds(recipes, annotations, repeats=2)
+    assert list(seconds) == ["sdm", "sdm+id+mlm"]
+    assert seconds["sdm+id+mlm"] > seconds["sdm"] > 0
+    assert [step[:2] for step in steps] == [("sdm", 1), ("sdm+id+mlm", 3)] * 3
+    assert len({step[2] for step in steps}) == 1

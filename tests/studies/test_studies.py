@@ -143,10 +143,11 @@ def test_a_grid_runs_once_each_survives_a_failure_and_is_not_repeated(grid, tmp_
     assert estimate(grid).startswith("2 different runs, 0 of them finished; the other 2 take about ")
     Bar.made.clear()
     found = run_all(grid, progress=Bar, notebook=notebook(tmp_path / "train.ipynb", TRAIN))
-    assert list(found.columns) == ["variant", "seed", "recipe", "path", "status", "seconds", "error"]
+    assert list(found.columns) == ["variant", "seed", "recipe", "path", "status", "seconds", "error", "committed"]
     assert list(found.status) == ["finished", "finished", "failed"]
     assert found.path[0] == found.path[1] == str(runs.run_folder(grid.recipe[0], load_digest(found.path[0])).path)
     assert "absent.safetensors" in found.error[2]
+    assert list(found.committed) == [""] * 3
     assert {"train.ipynb", "metrics.json"} <= {path.name for path in Path(found.path[0]).iterdir()}
     assert (Path(found.path[2]) / "failed.ipynb").exists()
     bar = next(bar for bar in Bar.made if bar.unit == "step")
@@ -155,8 +156,9 @@ def test_a_grid_runs_once_each_survives_a_failure_and_is_not_repeated(grid, tmp_
 
     monkeypatch.setattr(studies.subprocess, "Popen", lambda *_, **__: pytest.fail("a finished run was started"))
     began = time.process_time()
-    again = run_all(grid[:2])
+    again = run_all(grid[:2], export=True)
     assert list(again.status) == ["finished", "finished"]
+    assert list(again.committed) == ["agrees", "agrees"]
     assert time.process_time() - began < 3
     assert again.seconds[0] == pytest.approx(found.seconds[0], rel=0.5)
     assert estimate(grid[:2]) == "1 run, 1 of them finished; nothing is left to run."

@@ -93,7 +93,7 @@ def test_seeds_with_different_queries_are_refused():
 
 
 def test_the_real_data_sets_are_taken_as_soon_as_one_is_there(tmp_path):
-    assert transfer.transfer_domains(tmp_path) == transfer.RENDERED
+    assert transfer.transfer_domains(tmp_path) == transfer.DOMAINS
     make_synthetic(tmp_path, layout="rstp", people=12)
     assert transfer.transfer_domains(tmp_path) == transfer.REAL
     assert [transfer.present(name, tmp_path) for name in transfer.REAL] == [False, False, True]
@@ -138,6 +138,33 @@ def test_a_leaked_photo_is_found_and_leaves_the_queries_and_the_gallery_of_the_o
     model, _ = irra.load_checkpoint(run / "weights.safetensors")
     expected = irra.evaluate(model, tables["two"][tables["two"].image_id != pair.test_image_id]).text_to_image
     assert left.AP.tolist() == pytest.approx(expected.AP.tolist())
+    stored = list(run.glob("queries-*.csv.gz"))
+    assert sorted(file.name.split("-")[1] for file in stored) == ["one", "two"]
+    (run / "weights.safetensors").rename(run / "aside")
+    again = transfer.transfer_queries(trained, tables, leaked)  # as of a run that is committed: without weights
+    pairs = ["test", "leaks", "query"]
+    both = queries.merge(again, on=pairs, suffixes=("", "_again"))
+    assert len(again) == len(both) == len(queries) - len(left)  # leaks need the model
+    assert (both.AP - both.AP_again).abs().max() < 6e-5
+    assert (both.R1 == both.R1_again).all()
+    (run / "aside").rename(run / "weights.safetensors")
     matrix = transfer.transfer_matrix(queries, tables, trained)
     assert cell(matrix, "one", "two", "left out")["queries"] == len(expected)
     assert cell(matrix, transfer.BEFORE, "one").seeds == 0
+
+
+def test_the_clip_before_fine_tuning_is_asked_the_same_captions_and_paired_with_every_seed(tables, tmp_path):
+    recipe = irra.recipe(losses="itc", batch_size=8, max_steps=2)
+    rows = []
+    for seed in (0, 1):
+        run = trained_run(recipe.replace(seed=seed), tables["one"])
+        rows.append(("one", seed, str(run)))
+    trained = DataFrame(rows, columns=["train", "seed", "path"])
+    queries = transfer.transfer_queries(trained, {"one": tables["one"]})
+    before = queries[(queries.train == transfer.BEFORE) & (queries.leaks == "kept")]
+    model = irra.build_model(recipe, 1)
+    expected = irra.evaluate(model, tables["one"]).text_to_image
+    for seed in (0, 1):
+        assert before[before.seed == seed].AP.tolist() == pytest.approx(expected.AP.tolist(), abs=6e-5)
+    row = cell(transfer.transfer_matrix(queries, ["one"], trained), transfer.BEFORE, "one")
+    assert (row.seeds, float(row.R1)) == (1, pytest.approx(expected.R1.mean()))

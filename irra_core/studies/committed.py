@@ -84,7 +84,8 @@ def export_run(path: str | Path, root: str | Path | None = None, replace: bool =
     if not runs.finished(path):
         raise ValueError(f"{path} holds no finished run: finish it (`train` resumes it), then export it")
     run = runs.load_run(path)
-    _check_people(path, run)
+    if (tested := run["metrics"].get("identities")) != (wanted := tested_people(run["recipe"]) or tested):
+        raise ValueError(f"{path} was tested on {tested} people, {run['recipe'].dataset} has {wanted}: not exported")
     folder = root / run_key(run["recipe"], run["data"])
     others = sorted(path.glob("queries-*.csv.gz"))
     if (folder / RUN).is_file() and not replace:
@@ -112,14 +113,12 @@ def export_run(path: str | Path, root: str | Path | None = None, replace: bool =
     return folder
 
 
-def _check_people(path: Path, run: dict[str, Any]) -> None:
-    """Raise ValueError for a run on people of one's own making under the name of a rendered data set."""
-    recipe, tested = run["recipe"], run["metrics"].get("identities")
-    if recipe.dataset in RENDERED and recipe.identities is None and not smoke():
-        usual = inspect.signature(make_synthetic).parameters["people"].default
-        wanted = arguments_of(recipe.dataset).get("test", round(3 * usual / 20))
-        if tested != wanted:
-            raise ValueError(f"{path} was tested on {tested} people, {recipe.dataset} has {wanted}: not exported")
+def tested_people(recipe: Recipe) -> int | None:
+    """How many test people a rendered data set of that name has; None for other data and for a part of the people."""
+    if recipe.dataset not in RENDERED or recipe.identities is not None:
+        return None
+    usual = inspect.signature(make_synthetic).parameters["people"].default
+    return arguments_of(recipe.dataset).get("test", round(3 * usual / 20))
 
 
 def write_ranks(file: Path, queries: DataFrame) -> None:

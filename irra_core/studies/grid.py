@@ -25,6 +25,7 @@ from irra_core.recipes import PRESETS, RENDERED, Recipe, recipe
 from irra_core.settings import cores, project_root, reports_root, smoke, unknown
 from irra_core.studies import committed
 from irra_core.studies.committed import DONE
+from irra_core.studies.sizes import domains, sized
 from irra_core.studies.tables import files_below, seconds_per_step
 
 ROUGH_STEP_SECONDS = {"small": {True: 0.25, False: 0.1}}  # with and without MLM; measured on two cores of a server CPU
@@ -94,9 +95,27 @@ STUDIES: dict[str, Study] = {
     "selection": Study(  # for short runs, which have few epochs to pick from
         "How much does picking the best evaluation on test inflate the result?",
         "picked on val",
-        {f"picked on {on}": {"losses": "sdm", "evaluate_every": 10, "select_on": on} for on in ("val", "test")},
+        {f"picked on {on}": {"losses": "sdm", "evaluate_every": 50, "select_on": on} for on in ("val", "test")},
     ),
 }
+
+
+def plan_transfer(datasets: Iterable[str], seeds: int = 3, **overrides: Any) -> DataFrame:
+    """The runs of the study of transfer, as `plan` gives them: each data set's own recipe; `variant` is its name."""
+    names = tuple(datasets)
+    own = Study("Does it generalise to other data sets?", names[0] if names else "", {"": {}})
+    parts = [plan(own, name, seeds, **overrides).assign(variant=name) for name in names]
+    table = pd.concat(parts, ignore_index=True) if parts else DataFrame(columns=["variant", "seed", "recipe"])
+    return table.head(2) if smoke() else table
+
+
+def plan_all(size: str = "full", **given: Any) -> DataFrame:
+    """The runs of every study in a size of SIZES, with the column `study` first; several rows may share a recipe."""
+    asked = sized(size, **given)
+    parts = [plan(name, **asked).assign(study=name) for name in STUDIES]
+    others = {name: value for name, value in asked.items() if name != "dataset"}
+    parts.append(plan_transfer(domains(size), **others).assign(study="transfer"))
+    return pd.concat(parts, ignore_index=True)[["study", "variant", "seed", "recipe"]]
 
 
 def plan(study: str | Study, dataset: str = "synthetic", seeds: int = 3, **overrides: Any) -> DataFrame:
@@ -117,9 +136,10 @@ def plan(study: str | Study, dataset: str = "synthetic", seeds: int = 3, **overr
             raise ValueError(f"{name} {base[name]!r} cannot be given: the study varies it; leave it out")
     base.setdefault("preset", "study" if dataset.startswith("synthetic") else "paper")
     variants = dict(study.variants)
-    if smoke():
+    if smoke() and len(variants) > 1:
         other = next(name for name in variants if name != study.reference)
-        variants, seeds = {name: variants[name] for name in (study.reference, other)}, 1
+        variants = {name: variants[name] for name in (study.reference, other)}
+    seeds = 1 if smoke() else seeds
     rows = [
         (variant, seed, recipe(dataset, **(base | dict(changes)), seed=seed))
         for variant, changes in variants.items()

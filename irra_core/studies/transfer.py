@@ -21,9 +21,9 @@ from irra_core.released.published import published
 from irra_core.runs import WEIGHTS, data_digest
 from irra_core.settings import data_root, reports_root, smoke
 from irra_core.studies import committed
+from irra_core.studies.sizes import domains
 
 REAL = ("cuhk", "icfg", "rstp")
-DOMAINS = ("synthetic-study", "synthetic-study-night", "synthetic-study-campus")
 BEFORE = "CLIP before fine-tuning"
 PAIR = ["train", "test"]
 Hashed = Mapping[tuple[str, str], tuple[DataFrame, np.ndarray]]  # data set, split → a row a photo, hashes
@@ -35,9 +35,9 @@ def present(dataset: str, root: str | Path | None = None) -> bool:
     return source.paper is None or (data_root(root) / source.folder / source.file).is_file()
 
 
-def transfer_domains(root: str | Path | None = None) -> tuple[str, ...]:
-    """The three real data sets where at least one of them lies below the data root, else the three rendered domains."""
-    return REAL if any(present(name, root) for name in REAL) else DOMAINS
+def transfer_domains(root: str | Path | None = None, size: str = "full") -> tuple[str, ...]:
+    """The three real data sets if at least one is below the data root, else the three rendered ones of that size."""
+    return REAL if any(present(name, root) for name in REAL) else domains(size)
 
 
 def transfer_folder(datasets: Iterable[str]) -> Path:
@@ -109,7 +109,7 @@ def transfer_queries(
     return pd.concat(found, ignore_index=True)[columns] if found else DataFrame(columns=columns)
 
 
-def results_file(path: Path, test: str, before: bool = False, data: str = "") -> Path:
+def results_file(path: str | Path, test: str, before: bool = False, data: str = "") -> Path:
     """Where the results of a run, or of the CLIP before it, on a data set's test captions are stored (see data_key)."""
     name = f"{'before-' if before else ''}{Path(test).stem[:60]}-{committed.data_key(test, data)}"
     return Path(path) / f"queries-{name}.csv.gz"

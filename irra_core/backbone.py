@@ -53,6 +53,8 @@ def build_model(recipe: Recipe, num_ids: int, device: str | torch.device | None 
             recipe.interaction if "mlm" in recipe.loss_names else None,
             recipe.interaction_depth,
             recipe.padding_attention,
+            recipe.token_selection if "tse" in recipe.loss_names else None,
+            recipe.temperature if recipe.learned_temperature else None,
         )
     if file is not None:
         load_clip_weights(model.clip, file, recipe.pretrained_towers)

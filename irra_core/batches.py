@@ -14,7 +14,7 @@ from irra_core.recipes import Recipe
 from irra_core.text import mask_tokens, trim
 
 PLACES = ("at", "wanted", "words")  # what masked_places gives, as fields of a batch
-ORDER, MASKS, AUGMENTATION = range(3)  # what is drawn: each has random numbers of its own
+ORDER, MASKS, AUGMENTATION, WORDS = range(4)  # what is drawn: each has random numbers of its own
 
 
 class Team(NamedTuple):
@@ -69,6 +69,7 @@ class Batch:
     lists them; `rows` are places in the train table. `all_pids` and `word_count`, the number of words to predict, are
     those of the whole batch, over which the losses are taken. `at`, `wanted` and `words` say which words to predict
     (see masked_places) and `words_each`, on the host, how many each row has, so that no step waits for the device.
+    `elapsed` is the share of the training's epochs that is done before this step.
     """
 
     images: Float[Tensor, "b 3 h w"]
@@ -83,12 +84,13 @@ class Batch:
     wanted: Int[Tensor, " masked"] | None = None
     words: Int[Tensor, " masked"] | None = None
     words_each: tuple[int, ...] | None = None
+    elapsed: float = 1.0
 
     @property
     def inputs(self) -> tuple[Any, ...]:
         """What the model takes, in its order."""
         places = None if self.at is None else (self.at, self.wanted, self.words)
-        return self.images, self.tokens, self.masked_tokens, self.labels, places
+        return self.images, self.tokens, self.masked_tokens, self.labels, places, self.elapsed
 
 
 def masked_places(
@@ -123,6 +125,11 @@ class Batches:
         self.pids = torch.from_numpy(classes)
         self.images = torch.from_numpy(train.image_id.to_numpy(dtype=np.int64, copy=True))
         self._check()
+        self.epoch_rows = len(self.images)
+        if recipe.sampler == "identity":
+            from irra_core.variants.balanced import balanced_length
+
+            self.epoch_rows = balanced_length(self.pids, recipe.per_identity)
         self._shuffled = (-1, self.images)  # the last epoch asked for and its order
 
     def _check(self) -> None:
@@ -143,8 +150,8 @@ class Batches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches in which every caption comes once; the last may be short."""
-        return -(-len(self.images) // self.recipe.batch_size)
+        """Batches in which every caption comes once (see variants.balanced for `identity`); the last may be short."""
+        return -(-self.epoch_rows // self.recipe.batch_size)
 
     def at(self, step: int, process: int = 0, processes: int = 1) -> Batch:
         """The batch of a step, counted from 0 over all epochs, or the part of it that is one process's.
@@ -170,6 +177,7 @@ class Batches:
             images=rearranged(self._pixels(self.images[rows], images), *places, recipe),
             **dict(zip(known, sent)),
             words_each=tuple(asked[part].tolist()),
+            elapsed=step / (self.steps_per_epoch * recipe.epochs),
         )
 
     def _captions(
@@ -178,12 +186,18 @@ class Batches:
         """Captions, masked captions and labels, cut to the longest caption of the whole batch (see text.trim).
 
         With `padding_attention` the masked captions keep their padding, which the interaction encoder then sees.
+        Augmented words are in the captions alone: MLM masks and predicts the words as they were written.
         """
-        tokens = self.tokens[rows]
-        masked, labels = mask_tokens(tokens, self._generator(MASKS, step), self.recipe.mask_probability)
-        short, short_masked, short_labels = trim(tokens, masked, labels, device=self.device)
-        captions = short_masked if self.recipe.mask_captions else short
-        return (captions, masked, labels) if self.recipe.padding_attention else (captions, short_masked, short_labels)
+        recipe, tokens = self.recipe, self.tokens[rows]
+        masked, labels = mask_tokens(tokens, self._generator(MASKS, step), recipe.mask_probability)
+        captions = masked if recipe.mask_captions else tokens
+        if recipe.word_augmentation or recipe.word_deletion:
+            from irra_core.variants.word_augmentation import augment_words
+
+            words = self._generator(WORDS, step)
+            captions = augment_words(captions, words, recipe.word_augmentation, recipe.word_deletion)
+        _, captions, short_masked, short_labels = trim(tokens, captions, masked, labels, device=self.device)
+        return (captions, masked, labels) if recipe.padding_attention else (captions, short_masked, short_labels)
 
     def _pixels(self, images: Int[Tensor, " b"], sent: Int[Tensor, " b"]) -> UInt8[Tensor, "b 3 h w"]:
         """The decoded images, on the device; `sent` are the same numbers on the device."""
@@ -196,11 +210,18 @@ class Batches:
         epoch, index = divmod(step, self.steps_per_epoch)
         shuffled, order = self._shuffled
         if epoch != shuffled:
-            order = torch.randperm(len(self.images), generator=self._generator(ORDER, epoch))
-            self._shuffled = (epoch, order)
+            self._shuffled = (epoch, order := self._order(self._generator(ORDER, epoch)))
         return order[index * self.recipe.batch_size :][: self.recipe.batch_size]
 
+    def _order(self, generator: torch.Generator) -> Int[Tensor, " rows"]:
+        """The rows of an epoch in the order of its batches."""
+        if self.recipe.sampler == "shuffle":
+            return torch.randperm(len(self.images), generator=generator)
+        from irra_core.variants.balanced import balanced_order
+
+        return balanced_order(self.pids, self.recipe.per_identity, self.recipe.batch_size, generator)
+
     def _generator(self, kind: int, count: int) -> torch.Generator:
-        """Random numbers of their own for the order of an epoch, or the masks or augmentation of a step."""
+        """Random numbers of their own for the order of an epoch, or the masks, words or augmentation of a step."""
         seed = np.random.SeedSequence((self.recipe.seed, kind, count)).generate_state(1, np.uint64)[0]
         return torch.Generator().manual_seed(int(seed))

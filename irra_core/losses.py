@@ -38,7 +38,7 @@ def sdm_loss(
     image: Float[Tensor, "batch dim"],
     text: Float[Tensor, "batch dim"],
     pids: Int[Tensor, " batch"],
-    temperature: float = 0.02,
+    temperature: float | Float[Tensor, ""] = 0.02,
 ) -> Float[Tensor, ""]:
     """Similarity distribution matching: the KL divergence image-to-text plus text-to-image, in nats.
 
@@ -72,7 +72,9 @@ def divergence(scores: Float[Tensor, "*sides n m"], log_target: Float[Tensor, "n
 
 @in_full_precision
 def itc_loss(
-    image: Float[Tensor, "batch dim"], text: Float[Tensor, "batch dim"], temperature: float = 0.02
+    image: Float[Tensor, "batch dim"],
+    text: Float[Tensor, "batch dim"],
+    temperature: float | Float[Tensor, ""] = 0.02,
 ) -> Float[Tensor, ""]:
     """InfoNCE: the mean of image-to-text and text-to-image cross-entropy, in nats; only text[i] is right for image[i].
 
@@ -120,17 +122,20 @@ def total_loss(
     recipe: Recipe,
     word_count: int | Tensor | None = None,
     names: Sequence[str] | None = None,
+    elapsed: float = 1.0,
 ) -> dict[str, Float[Tensor, ""]]:
     """Each loss of `recipe.losses` by name, in the recipe's order; what is trained is their sum, every weight 1.
 
     `features` is the model's `Features`; pids are class numbers. A loss gets, by its parameters' names, what is listed
-    below. `word_count`: see mlm_loss. `names` picks some of the recipe's losses.
+    below. `word_count`: see mlm_loss. `names` picks some of the recipe's losses; `elapsed`: see Batch.
     """
-    given = {
-        "image": features.image,
-        "text": features.text,
+    from irra_core.variants.losses import LOSSES
+    from irra_core.variants.token_selection import parts_of
+
+    given = parts_of(features, "tse" in recipe.loss_names) | {
         "pids": pids,
-        "temperature": recipe.temperature,
+        "temperature": recipe.temperature if features.temperature is None else features.temperature,
+        "epoch": elapsed * recipe.epochs,
         "target": recipe.cmpm_target,
         "weight": features.class_weight,
         "image_logits": features.image_logits,
@@ -139,8 +144,6 @@ def total_loss(
         "labels": features.word_labels,
         "count": word_count,
     }
-    from irra_core.variants.losses import LOSSES
-
     parts = {}
     for name in recipe.loss_names if names is None else names:
         wanted = inspect.signature(LOSSES[name]).parameters

@@ -18,20 +18,23 @@ from irra_core.transformer import CLIP, QuickGELU
 class Features:
     """What the losses need of a batch; the parts that a model or a call does not have are None."""
 
-    image: Float[Tensor, "batch dim"]  # projected class token, not normalised
-    text: Float[Tensor, "batch dim"]  # projected end-of-text token, not normalised
+    image: Float[Tensor, "batch dim"]  # projected class token, not normalised; with `selection`, joined
+    text: Float[Tensor, "batch dim"]  # projected end-of-text token, likewise
     image_logits: Float[Tensor, "batch ids"] | None = None
     text_logits: Float[Tensor, "batch ids"] | None = None
     word_logits: Float[Tensor, "masked vocabulary"] | None = None  # masked words only, row by row
     word_labels: Int[Tensor, " masked"] | None = None
-    class_weight: Float[Tensor, "ids dim"] | None = None  # the classifier's row per identity
+    class_weight: Float[Tensor, "ids width"] | None = None  # the classifier's row per identity
+    temperature: Float[Tensor, ""] | None = None  # learned; the recipe's is fixed
 
 
 class IRRA(nn.Module):
     """CLIP's two encoders, an interaction encoder with its MLM head, and one identity classifier for both sides.
 
     `interaction` and `mlm_head` are None for a model without MLM, `classifier` for one without identities.
-    `padding_attention` lets words attend to the padding behind the caption, as the released model does.
+    `padding_attention` lets words attend to the padding behind the caption, as the released model does. `selection`
+    (last or layers) joins the global features with those of selected tokens (see variants.token_selection), and
+    `temperature` is the first value of a temperature that is learned.
     """
 
     def __init__(
@@ -41,6 +44,8 @@ class IRRA(nn.Module):
         interaction: str | None = None,
         depth: int = 4,
         padding_attention: bool = False,
+        selection: str | None = None,
+        temperature: float | None = None,
     ):
         super().__init__()
         self.clip = clip
@@ -53,6 +58,12 @@ class IRRA(nn.Module):
             self.classifier = nn.Linear(width, num_ids)
             nn.init.normal_(self.classifier.weight, std=0.001)
             nn.init.zeros_(self.classifier.bias)
+        self.selection = None
+        if selection:
+            from irra_core.variants.token_selection import TokenSelection
+
+            self.selection = TokenSelection(width, selection)
+        self.log_scale = None if temperature is None else nn.Parameter(-torch.tensor(temperature).log())
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -71,23 +82,28 @@ class IRRA(nn.Module):
         masked_tokens: Int[Tensor, "batch masked_length"] | None = None,
         labels: Int[Tensor, "batch masked_length"] | None = None,
         places: tuple[Int[Tensor, "batch most"], Int[Tensor, " masked"], Int[Tensor, " masked"]] | None = None,
+        elapsed: float = 1.0,
     ) -> Features:
         """Features of a batch; labels are the masked words' tokens, 0 where no word is predicted.
 
         The MLM head runs on the masked words alone. `places` is what `batches.masked_places` says of the labels, if the
-        caller knows it: otherwise it is found here, for which the host waits for a GPU.
+        caller knows it: otherwise it is found here, for which the host waits for a GPU. `elapsed`: see Batch.
         """
         if self.interaction is None or masked_tokens is None:
-            return self.classified(Features(self.encode_image(images), self.encode_text(tokens)))
+            return self.classified(Features(self.encode_image(images, elapsed), self.encode_text(tokens, elapsed)))
         if labels is None:
             raise ValueError("masked_tokens need labels: the masked words' tokens, 0 where none is predicted")
-        patches = self.image_tokens(images)
-        text, words = self._encode_both(tokens, masked_tokens)
+        if self.selection is None:
+            patches = self.image_tokens(images)
+            image = full_precision(patches[:, 0])
+            text, words = self._encode_both(tokens, masked_tokens)
+        else:
+            patches, image = self.selection.of_images(self.clip, images, elapsed)
+            text, words = self.encode_text(tokens, elapsed), self.text_tokens(self._padded(masked_tokens))
         at, wanted, word_labels = masked_places(labels) if places is None else places
         states = self.interaction(words, patches, self._real(masked_tokens), at)
         word_logits = full_precision(self.mlm_head(states.flatten(0, 1).index_select(0, wanted)))
-        found = Features(full_precision(patches[:, 0]), text, word_logits=word_logits, word_labels=word_labels)
-        return self.classified(found)
+        return self.classified(Features(image, text, word_logits=word_logits, word_labels=word_labels))
 
     def _encode_both(
         self, tokens: Int[Tensor, "batch length"], masked_tokens: Int[Tensor, "batch masked_length"]
@@ -101,33 +117,37 @@ class IRRA(nn.Module):
         return full_precision(self.clip.finish_text(caption, _end(tokens))[:, 0]), self.clip.finish_text(masked)
 
     def classified(self, features: Features) -> Features:
-        """The features with the identity scores of their image and text; as they are without a classifier."""
+        """The features with the learned temperature and the identity scores, where the model has these."""
+        if self.log_scale is not None:
+            from irra_core.variants.tbps import temperature_of
+
+            features = replace(features, temperature=temperature_of(self.log_scale))
         if self.classifier is None:
             return features
-        image, text = self._identities(torch.cat([features.image, features.text])).chunk(2)
+        whole = torch.cat([features.image, features.text])[:, : self.classifier.in_features]
+        with torch.autocast(whole.device.type, enabled=False):  # in full precision
+            image, text = full_precision(self.classifier(whole.to(self.classifier.weight.dtype))).chunk(2)
         return replace(features, image_logits=image, text_logits=text, class_weight=self.classifier.weight)
 
-    def _identities(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch ids"]:
-        """Identity scores, in full precision also under autocast."""
-        with torch.autocast(features.device.type, enabled=False):
-            return full_precision(self.classifier(features.to(self.classifier.weight.dtype)))
-
-    def encode_image(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
-        """Global image features: the projected class token, not normalised."""
+    def encode_image(
+        self, images: Float[Tensor, "batch 3 height width"], elapsed: float = 1.0
+    ) -> Float[Tensor, "batch dim"]:
+        """Global image features: the projected class token, not normalised; with `selection`, joined features."""
+        if self.selection is not None:
+            return self.selection.of_images(self.clip, images, elapsed)[1]
         first = torch.zeros(len(images), 1, dtype=torch.long, device=images.device)
         return full_precision(self.image_tokens(images, at=first)[:, 0])
 
-    def encode_text(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch dim"]:
-        """Global text features: the projected end-of-text token, not normalised."""
+    def encode_text(self, tokens: Int[Tensor, "batch length"], elapsed: float = 1.0) -> Float[Tensor, "batch dim"]:
+        """Global text features: the projected end-of-text token, not normalised; with `selection`, joined features."""
+        if self.selection is not None:
+            return self.selection.of_texts(self.clip, tokens, elapsed)
         return full_precision(self.text_tokens(tokens, at=_end(tokens))[:, 0])
 
     def image_tokens(
         self, images: Float[Tensor, "batch 3 height width"], at: Int[Tensor, "batch wanted"] | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
         """All projected image tokens, the class token first, then the patches row by row; with `at`, only those."""
-        if tuple(images.shape[-2:]) != tuple(self.image_size):
-            given = "×".join(map(str, images.shape[-2:]))
-            raise ValueError(f"images are {given} pixels: this model takes {self.image_size[0]}×{self.image_size[1]}")
         return self.clip.visual(images, at)
 
     def text_tokens(

@@ -71,7 +71,7 @@ def loss_parts(
         image, text = both.chunk(2, 1)
         found = Features(image, text, word_logits=features.word_logits, word_labels=features.word_labels)
         features = model.classified(found)
-    parts = total_loss(features, batch.all_pids, recipe, batch.word_count)
+    parts = total_loss(features, batch.all_pids, recipe, batch.word_count, elapsed=batch.elapsed)
     if "mlm" in parts and team.processes > 1:
         parts["mlm"] = team.gathered(parts["mlm"][None], team.processes).sum()
     return parts

@@ -12,19 +12,25 @@ from typing import Any, get_args
 
 from irra_core.settings import SMOKE_IDENTITIES, SMOKE_STEPS, find_file, short, smoke, unknown
 
-LOSS_NAMES = ("sdm", "itc", "cmpm", "cmpc", "tal", "id", "mlm")
-ALIGNING = tuple(name for name in LOSS_NAMES if name not in ("cmpc", "id", "mlm"))  # bring caption and photo together
+LOSS_NAMES = ("sdm", "itc", "cmpm", "cmpc", "tal", "ibm", "nitc", "ritc", "tse", "id", "mlm")
+ALIGNING = tuple(
+    name for name in LOSS_NAMES if name not in ("cmpc", "tse", "id", "mlm")
+)  # bring caption and photo together
 USED_BY = {  # fields that only some losses read; changing one without its losses is an error
     "interaction": ("mlm",),
     "interaction_depth": ("mlm",),
     "padding_attention": ("mlm",),
-    "temperature": ("sdm", "itc"),
+    "temperature": ("sdm", "itc", "nitc", "ritc"),
+    "learned_temperature": ("sdm", "itc", "nitc", "ritc"),
+    "token_selection": ("tse",),
     "cmpm_target": ("cmpm",),
 }
 # Fields added after the first runs, at the values that change nothing: runs and weights made before stay valid.
 NEUTRAL = {"frozen": "none", "adapter_rank": 0, "micro_batch": None, "unreadable": "leave_out", "compile": False}
 PLAIN = {"pretrained": "none", "pretrained_towers": "both"} | NEUTRAL  # random weights, all of them trained
 NEUTRAL |= {"text_length": 77}  # not in PLAIN: the untrained model reads as much as the trained one
+NEUTRAL |= {"learned_temperature": False, "token_selection": "last", "word_augmentation": 0.0, "word_deletion": 0.0}
+NEUTRAL |= {"shuffled_captions": 0.0, "sampler": "shuffle", "per_identity": 4}
 LEAST_HALF_EPS = 1e-4  # for fp16, whose second moments of small gradients are 0: steps grow with 1 / adam_eps
 BOUNDS = {  # how a field's numbers can be bounded: the comparison and its words
     "least": (operator.ge, "at least"),
@@ -75,6 +81,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "padding_attention": True,
         "cmpm_target": "l2",
     },
+    "tbps": {  # TBPS-CLIP (AAAI 2024), authors' configuration; optimiser, image size and augmentation stay ours
+        "losses": "nitc+ritc",
+        "temperature": 0.01,  # CLIP's own at the end of its pretraining
+        "learned_temperature": True,
+        "word_deletion": 0.05,
+        "epochs": 5,
+        "warmup_epochs": 1,
+        "batch_size": 80,
+    },
 }
 
 
@@ -93,7 +108,7 @@ class Recipe:
 
     dataset: str = _number("synthetic", "rendered pedestrians: needs no download")
     identities: int | None = _number(None, "none: all; else about this many, spread over the splits", least=6)
-    preset: str = _number("paper", "study: short; domain: from weights of people; released: as that code", PRESETS)
+    preset: str = _number("paper", "study: short; domain: weights of people; released, tbps: as that code", PRESETS)
     backbone: str = _number("ViT-B-16-quickgelu", "paper: CLIP ViT-B/16; `small` is the synthetic recipe's")
     pretrained: str = _number("openai", "an open_clip tag, a file, `general` (small only) or `none`")
     pretrained_towers: str = _number("both", "paper; the other encoder stays random", ("both", "image", "text"))
@@ -110,15 +125,22 @@ class Recipe:
     interaction_depth: int = _number(4, "paper: transformer blocks", least=1)
     padding_attention: bool = _number(False, "the released blocks also attend to padding")
     temperature: float = _number(0.02, "paper (tau); fixed, not learned", least=1e-4)
+    learned_temperature: bool = _number(False, "paper: fixed; TBPS-CLIP: learned, `temperature` is its first value")
+    token_selection: str = _number("last", "tse: by attention of the last block; layers: of two", ("last", "layers"))
     cmpm_target: str = _number("sum", "same-identity row divided by its sum, or by its l2 norm", ("sum", "l2"))
     mask_probability: float = _number(0.15, "paper: share of caption words that MLM predicts", least=0.0, most=1.0)
     mask_captions: bool = _number(False, "the released code masks the captions of the other losses too")
+    word_augmentation: float = _number(0.0, "caption words masked, replaced, deleted; RDE: 0.2", least=0.0, most=1.0)
+    word_deletion: float = _number(0.0, "share of caption words deleted; TBPS-CLIP: 0.05", least=0.0, most=1.0)
+    shuffled_captions: float = _number(0.0, "share of train captions put to wrong photos", least=0.0, most=1.0)
     flip_probability: float = _number(0.5, "released: mirrored images", least=0.0, most=1.0)
     crop_padding: int = _number(10, "released: padding before the random crop, pixels", least=0)
     erase_probability: float = _number(0.5, "released: random erasing", least=0.0, most=1.0)
     epochs: int = _number(60, "paper; an epoch is every caption once", least=1)
     max_steps: int | None = _number(None, "none: all epochs; else stop after this many steps", least=1)
     batch_size: int = _number(64, "released run_irra.sh, over all processes", least=2)
+    sampler: str = _number("shuffle", "released; identity: people with per_identity captions", ("shuffle", "identity"))
+    per_identity: int = _number(4, "released num_instance: captions per person, sampler identity only", least=1)
     micro_batch: int | None = _number(None, "none: all pairs in memory at once; else this many (GradCache)", least=1)
     lr: float = _number(1e-5, "paper: pretrained weights move slowly", above=0.0)
     new_lr_factor: float = _number(5.0, "paper: parts without pretrained weights learn at 5e-5", least=0.0)
@@ -140,6 +162,7 @@ class Recipe:
         _check_backbone(self)
         check_patches((self.image_height, self.image_width), patch_size(self.backbone), self.stride)
         _check_losses(self)
+        _check_batches(self)
         _check_trained(self)
         _check_precision(self)
 
@@ -322,10 +345,24 @@ def _check_trained(recipe: Recipe) -> None:
             f"adapter_rank {recipe.adapter_rank} has no effect with frozen 'both': adapters go into the encoders that "
             "are not frozen. Leave adapter_rank at 0, or freeze one encoder (image or text) or none"
         )
-    if not {"id", "cmpc", "mlm"} & set(recipe.loss_names):
+    if not {"id", "cmpc", "mlm", "tse"} & set(recipe.loss_names):
         raise ValueError(
             f"frozen 'both' leaves losses {recipe.losses!r} nothing to train: freeze one encoder (image or text) or "
             "none, or add id or mlm, which have weights of their own"
+        )
+
+
+def _check_batches(recipe: Recipe) -> None:
+    """Refuse batches that cannot be balanced, and pieces for a loss that needs the whole batch."""
+    size, each = recipe.batch_size, recipe.per_identity
+    if recipe.sampler == "shuffle" and each != NEUTRAL["per_identity"]:
+        raise ValueError(f"per_identity {each} has no effect with sampler 'shuffle': take sampler 'identity'")
+    if recipe.sampler == "identity" and size % each:
+        raise ValueError(f"batch_size {size} is no multiple of per_identity {each}: take {size // each * each or each}")
+    if recipe.micro_batch and "tse" in recipe.loss_names:
+        raise ValueError(
+            f"micro_batch {recipe.micro_batch} does not work with loss tse, whose batch norm needs the whole batch: "
+            "leave micro_batch out, or take several processes"
         )
 
 

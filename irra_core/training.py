@@ -19,9 +19,9 @@ from torch import Tensor
 from irra_core import runs
 from irra_core.annotations import hold_out, photo_table
 from irra_core.augmentation import on_device, resides
-from irra_core.backbone import build_model, read_weights
+from irra_core.backbone import build_model
 from irra_core.batches import ALONE, Batch, Batches, Team
-from irra_core.checkpoints import load_checkpoint, load_weights, save_checkpoint, save_tensors
+from irra_core.checkpoints import load_weights, save_checkpoint, save_tensors
 from irra_core.evaluation import Evaluation, evaluate, gain, known_ceiling, known_twins, scores
 from irra_core.images import image_array, left_out
 from irra_core.model import IRRA
@@ -52,7 +52,7 @@ def train(
     starts them on this machine, each on its own GPU if there are GPUs; they share the same batches, so the run differs
     by rounding only. `progress` is a tqdm-like class; `data` is the table's `runs.data_digest`, if known. Raises
     ValueError if the folder holds another run or the table cannot train, RuntimeError if another process trains in it
-    (with `wait` its run is waited for and taken), FloatingPointError at a loss that is not finite (see `replay`).
+    (with `wait` its run is waited for and taken), FloatingPointError at a loss that is not finite (scale.failures).
     """
     check_processes(processes, recipe)
     folder = Path(folder)
@@ -117,9 +117,12 @@ def learning_rate(epoch: int, recipe: Recipe) -> float:
 def factor_and_decay(name: str, recipe: Recipe) -> tuple[float, float]:
     """One parameter's multiple of the learning rate, and its weight decay. Source: released solver/build.py."""
     from irra_core.variants.adapters import is_adapter
+    from irra_core.variants.token_selection import HEAD_LR
 
     bias = name.endswith("bias")
-    decay = 0.0 if bias else recipe.weight_decay
+    decay = 0.0 if bias or name == "log_scale" else recipe.weight_decay
+    if name.startswith("selection."):
+        return HEAD_LR / recipe.lr, decay
     if name.startswith(("mlm_head.", "classifier.")):
         return recipe.new_lr_factor, decay  # before the bias rule: their biases have ×5 too
     if bias:
@@ -162,24 +165,7 @@ def optimise(objective: Objective, optimiser: torch.optim.Adam, batch: Batch) ->
     return numbers
 
 
-def replay(folder: str | Path) -> dict[str, float]:
-    """Loss parts and gradient norm, computed again, of the step at which a run stopped because one was not finite.
-
-    `train` saved the weights before that step in failed.safetensors and its batch in failed-batch.safetensors.
-    """
-    from irra_core.scale.precision import half_weights
-
-    model, recipe = load_checkpoint(Path(folder) / runs.FAILED, finite=False)
-    tensors, _ = read_weights(Path(folder) / runs.FAILED_BATCH)
-    device = default_device()
-    batch = Batch(**{name: tensor.to(device) for name, tensor in tensors.items() if name != "image_ids"})
-    precision = step_precision(recipe.precision, device)
-    model = (half_weights(model) if precision == "fp16" else model).train()
-    parts = Objective(model, recipe, precision)(batch)
-    return _named(torch.cat([parts, gradient_norm(model)[None]]), recipe)
-
-
-def _named(numbers: Float[Tensor, " numbers"], recipe: Recipe) -> dict[str, float]:
+def named_parts(numbers: Float[Tensor, " numbers"], recipe: Recipe) -> dict[str, float]:
     """A step's loss parts and gradient norm by name."""
     return dict(zip((*recipe.loss_names, "gradient"), numbers.tolist(), strict=True))
 
@@ -194,12 +180,14 @@ class _Run:
         from irra_core.scale.machine import forget_peak
         from irra_core.scale.precision import half_weights
         from irra_core.scale.saving import Saver
+        from irra_core.variants.shuffled import shuffled_captions
 
         forget_peak()  # of a run before this one in the same process
         self.recipe, self.annotations, self.pixels = recipe, annotations, pixels
         self.folder, self.progress, self.team = folder, progress, team
         self.device = default_device()
-        table = annotations[annotations.split == "train"].reset_index(drop=True)
+        train = annotations[annotations.split == "train"].reset_index(drop=True)
+        table = shuffled_captions(train, recipe.shuffled_captions, recipe.seed)
         near = on_device(pixels, self.device) if resides(pixels, self.device) else pixels
         tokens = tokenize(table.caption.tolist(), length=recipe.text_length)
         self.batches = Batches(table, near, tokens, recipe, self.device)
@@ -264,22 +252,24 @@ class _Run:
         unread, self.unread = self.unread, []
         if not broken:
             return
-        step, parts = first + broken[0], _named(unread[broken[0]], self.recipe)
+        step, parts = first + broken[0], named_parts(unread[broken[0]], self.recipe)
         lr = self.learning_rate(step)
         if self.team.leads:
             self.save_failed(step, parts, lr)
         self.team.wait()  # torchrun ends all processes when the first one ends
         raise FloatingPointError(
             f"a loss or its gradient is not finite at step {step + 1}: {parts}, lr {lr:g}. Lower lr or raise the "
-            f"precision. {self.folder} keeps the state of the last evaluation, and for training.replay the weights "
-            f"before the step ({runs.FAILED}) and its batch ({runs.FAILED_BATCH})"
+            f"precision. {self.folder} keeps the state of the last evaluation, and for scale.failures.replay the "
+            f"weights before the step ({runs.FAILED}) and its batch ({runs.FAILED_BATCH})"
         )
 
     def save_failed(self, step: int, parts: dict[str, float], lr: float) -> None:
-        """Write what `replay` needs: the weights, not updated since the step, and its batch."""
-        batch = {name: value for name, value in vars(self.batches.at(step)).items() if isinstance(value, Tensor)}
+        """Write what scale.failures needs: the weights, not updated since the step, and its batch."""
+        taken = self.batches.at(step)
+        batch = {name: value for name, value in vars(taken).items() if isinstance(value, Tensor)}
         batch["image_ids"] = self.batches.images[batch["rows"].cpu()]
-        about = {"step": str(step + 1), "lr": str(lr), "parts": json.dumps({n: str(v) for n, v in parts.items()})}
+        about = {"step": str(step + 1), "lr": str(lr), "elapsed": str(taken.elapsed)}
+        about["parts"] = json.dumps({name: str(value) for name, value in parts.items()})
         save_checkpoint(self.model, self.recipe, self.folder / runs.FAILED, merge=False)
         save_tensors(batch, self.folder / runs.FAILED_BATCH, about)
 
@@ -360,9 +350,12 @@ class _Run:
 
         One at a time, so that the device need not hold both beside the trained one.
         """
-        yield "untrained", self.initial_model(self.recipe.replace(**PLAIN))
-        if self.recipe.pretrained != "none":
-            yield "pretrained", self.initial_model(self.recipe)
+        recipes = {"untrained": self.recipe.replace(**PLAIN), "pretrained": self.recipe}
+        for name, recipe in recipes.items():
+            if name == "untrained" or recipe.pretrained != "none":
+                model = self.initial_model(recipe)
+                model.selection = None  # a head of random weights is no part of either
+                yield name, model
 
 
 def main(arguments: list[str] | None = None) -> None:

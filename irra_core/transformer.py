@@ -7,6 +7,7 @@ Radford et al., "Learning Transferable Visual Models From Natural Language Super
 import math
 from collections import OrderedDict
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch.nn import functional as F
 # Up to this many keys, bf16 attention on a CPU is computed in separate steps: torch's fused kernel takes three to six
 # times as long. The scores are then rounded too: the gradient's error grows from 1.7 to 2.0 % of its norm.
 EXPLICIT = 512
+Record = Mapping[int, list[Tensor]]  # number of a block → the list that its attention is appended to
+NONE: Record = MappingProxyType({})
 
 
 class CLIP(nn.Module):
@@ -45,22 +48,28 @@ class CLIP(nn.Module):
         initialise(self.transformer, width, len(self.transformer.resblocks))
         nn.init.normal_(self.text_projection, std=width**-0.5)
 
-    def begin_text(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length width"]:
+    def begin_text(
+        self, tokens: Int[Tensor, "batch length"], record: Record = NONE
+    ) -> Float[Tensor, "batch length width"]:
         """The states of captions before the text encoder's last block."""
         states = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         states = states.to(self.text_projection.dtype)
-        for block in self.transformer.resblocks[:-1]:
-            states = block(states, causal=True)
+        for number, block in enumerate(self.transformer.resblocks[:-1]):
+            states = block(states, record=record.get(number), causal=True)
         return states
 
     def finish_text(
-        self, states: Float[Tensor, "batch length width"], at: Int[Tensor, "batch wanted"] | None = None
+        self,
+        states: Float[Tensor, "batch length width"],
+        at: Int[Tensor, "batch wanted"] | None = None,
+        record: Record = NONE,
     ) -> Float[Tensor, "batch words dim"]:
         """The projected text tokens, those of padding included; with `at`, only those at the given positions."""
         earlier = None
         if at is not None:
             earlier = (torch.arange(states.shape[1], device=states.device) <= at[..., None])[:, None]
-        states = self.transformer.resblocks[-1](states, earlier, at, causal=at is None)
+        last = len(self.transformer.resblocks) - 1
+        states = self.transformer.resblocks[last](states, earlier, at, record.get(last), causal=at is None)
         return projected(self.ln_final(states), self.text_projection)
 
 
@@ -81,14 +90,19 @@ class ImageEncoder(nn.Module):
         self.ln_post = LayerNorm(width, **options)
         self.proj = nn.Parameter(spread * torch.randn(width, dim))
 
-    def forward(self, images: Float[Tensor, "b 3 h w"], at: Int[Tensor, "b k"] | None = None) -> Float[Tensor, "b n d"]:
+    def forward(
+        self, images: Float[Tensor, "b 3 h w"], at: Int[Tensor, "b k"] | None = None, record: Record = NONE
+    ) -> Float[Tensor, "b n d"]:
         """All tokens; with `at`, only those at the given positions."""
+        if tuple(images.shape[-2:]) != self.image_size:
+            given, accepted = ("×".join(map(str, size)) for size in (images.shape[-2:], self.image_size))
+            raise ValueError(f"images are {given} pixels: this model takes {accepted}")
         patches = self._patches(images.to(self.conv1.weight.dtype))
         start = self.class_embedding.to(patches.dtype).expand(len(images), 1, -1)
         states = self.ln_pre(torch.cat([start, patches], dim=1) + self.positional_embedding.to(patches.dtype))
-        for block in self.transformer.resblocks[:-1]:
-            states = block(states)
-        states = self.transformer.resblocks[-1](states, at=at)
+        last = len(self.transformer.resblocks) - 1
+        for number, block in enumerate(self.transformer.resblocks):
+            states = block(states, at=at if number == last else None, record=record.get(number))
         return projected(self.ln_post(states), self.proj)
 
     def _patches(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n width"]:

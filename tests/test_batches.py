@@ -58,7 +58,7 @@ HOSTS = ("words_each",)
 
 def fields(batch: Batch) -> list[torch.Tensor]:
     """What of a batch lies on the device, but for the places of its masked words (see `picked`)."""
-    return [value for name, value in dataclasses.asdict(batch).items() if name not in (*HOSTS, *PLACES)]
+    return [value for name, value in dataclasses.asdict(batch).items() if name not in (*HOSTS, *PLACES, "elapsed")]
 
 
 def picked(batch: Batch) -> torch.Tensor:
@@ -69,7 +69,7 @@ def picked(batch: Batch) -> torch.Tensor:
 def same(one: Batch, two: Batch) -> bool:
     alike = all(torch.equal(*pair) for pair in zip(fields(one), fields(two), strict=True))
     alike = alike and all(torch.equal(getattr(one, name), getattr(two, name)) for name in PLACES)
-    return alike and all(getattr(one, name) == getattr(two, name) for name in HOSTS)
+    return alike and all(getattr(one, name) == getattr(two, name) for name in (*HOSTS, "elapsed"))
 
 
 def test_an_epoch_is_every_caption_once_with_a_short_last_batch(make, recipe):
@@ -140,8 +140,8 @@ def test_the_global_random_state_is_neither_read_nor_moved(make, recipe):
 
 def test_order_masks_and_augmentation_draw_different_numbers_at_every_step(make, recipe):
     batches = make(recipe)
-    generators = [batches._generator(kind, step) for kind in range(3) for step in range(50)]
-    assert len({tuple(torch.rand(2, generator=generator).tolist()) for generator in generators}) == 150
+    generators = [batches._generator(kind, step) for kind in range(4) for step in range(50)]
+    assert len({tuple(torch.rand(2, generator=generator).tolist()) for generator in generators}) == 200
 
 
 def test_masks_do_not_depend_on_how_images_are_augmented(make, recipe):
@@ -177,6 +177,48 @@ def test_the_parts_of_all_processes_are_the_whole_batch(make, recipe, processes,
         )
         sizes = [len(part[0]) for part in parts]
         assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.fixture
+def switched(recipe):
+    return recipe.replace(sampler="identity", per_identity=4, word_augmentation=0.5, word_deletion=0.2)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_the_parts_of_a_balanced_and_augmented_batch_are_the_whole_batch_after_a_restart_too(make, switched, processes):
+    batches = make(switched)
+    for step in (3, 0, 1):
+        expected = batches.at(step)
+        parts = [make(switched).at(step, process, processes) for process in range(processes)]
+        for name in ("images", "tokens", "masked_tokens", "labels", "pids", "rows"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(expected, name)), name
+        assert {part.elapsed for part in parts} == {expected.elapsed}
+        assert same(make(switched).at(step), expected)
+
+
+def test_the_identity_sampler_gives_each_person_of_a_batch_as_many_captions_and_every_caption_in_each_epoch(
+    make, switched
+):
+    """Five people have 4 captions, one has 2: an epoch has 24 rows."""
+    batches = make(switched)
+    assert batches.steps_per_epoch == 3
+    for epoch in range(2):
+        found = [batches.at(3 * epoch + step) for step in range(3)]
+        for batch in found:
+            assert sorted(batch.pids.bincount().tolist())[-2:] == [4, 4]
+        assert set(torch.cat([batch.rows for batch in found]).tolist()) == set(range(CAPTIONS))
+
+
+def test_augmented_words_are_in_the_captions_alone(make, recipe):
+    plain, augmented = make(recipe).at(0), make(recipe.replace(word_augmentation=0.5)).at(0)
+    for name in ("images", "masked_tokens", "labels"):
+        assert torch.equal(getattr(plain, name), getattr(augmented, name)), name
+    assert plain.tokens.shape == augmented.tokens.shape
+    assert not torch.equal(plain.tokens, augmented.tokens)
+    assert torch.equal(plain.tokens.argmax(1) > 0, augmented.tokens.argmax(1) > 0)
+    shorter = make(recipe.replace(word_deletion=0.5)).at(0)
+    assert (shorter.tokens.argmax(1) < plain.tokens.argmax(1)).any()
+    assert (shorter.tokens.argmax(1) <= plain.tokens.argmax(1)).all()
 
 
 def test_captions_are_cut_to_the_longest_of_the_whole_batch(make, recipe):

@@ -22,6 +22,7 @@ from irra_core.batches import Batches
 from irra_core.benchmark import workloads
 from irra_core.evaluation import encode_images
 from irra_core.objective import Objective
+from irra_core.scale.failures import replay
 from irra_core.scale.precision import half_weights
 from irra_core.text import tokenize
 from irra_core.training import build_optimiser, optimise
@@ -159,7 +160,7 @@ def test_a_failed_step_is_replayed_on_the_gpu(tiny, annotations, tmp_path, monke
     with pytest.raises(FloatingPointError, match="not finite at step"):
         list(irra.train(recipe, annotations, tmp_path / "run"))
     with fake_cuda() as gpu:
-        parts = training.replay(tmp_path / "run")
+        parts = replay(tmp_path / "run")
         assert gpu.waits == [COPY]
     assert list(parts) == ["sdm", "id", "mlm", "gradient"]
 

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 
 from irra_core.losses import id_loss, itc_loss, mlm_loss, sdm_loss, total_loss
 from irra_core.recipes import LOSS_NAMES, recipe
+from irra_core.variants.ibm import ibm_loss
 from irra_core.variants.losses import LOSSES, cmpc_loss, cmpm_loss, tal_loss
+from irra_core.variants.tbps import nitc_loss, ritc_loss
 
 REFERENCE = np.load(Path(__file__).parent / "reference" / "irra_reference.npz")
 CROWDS = {"strangers": [0, 1, 2, 3, 4], "a pair": [0, 0, 1, 2, 3], "two groups": [3, 1, 3, 1, 3], "one person": [2] * 5}
@@ -214,7 +216,7 @@ def test_the_gradient_is_that_of_the_value(name, pids):
     assert torch.autograd.gradcheck(LOSSES[name], arguments, atol=1e-6, rtol=1e-4)
 
 
-ALIGNING = ["sdm", "itc", "cmpm", "cmpc", "tal"]
+ALIGNING = ["sdm", "itc", "cmpm", "cmpc", "tal", "ibm", "nitc", "ritc", "tse"]
 
 
 def aligned(name, image, text, pids):
@@ -296,7 +298,7 @@ def test_every_loss_that_a_recipe_can_name_is_in_the_registry():
     assert all(LOSSES[name].__name__ == f"{name}_loss" for name in LOSS_NAMES)
 
 
-@pytest.mark.parametrize("losses", ["sdm+id+mlm", "mlm+itc", "cmpm+cmpc", "tal+id+mlm"])
+@pytest.mark.parametrize("losses", ["sdm+id+mlm", "mlm+itc", "cmpm+cmpc", "tal+id+mlm", "ibm+nitc+ritc"])
 def test_total_loss_has_one_part_for_each_name_in_the_recipes_order(losses, pids):
     given = features()
     parts = total_loss(given, pids, recipe(losses=losses))
@@ -307,6 +309,9 @@ def test_total_loss_has_one_part_for_each_name_in_the_recipes_order(losses, pids
         "cmpm": cmpm_loss(given.image, given.text, pids, "sum"),
         "cmpc": cmpc_loss(given.image, given.text, pids, given.class_weight),
         "tal": tal_loss(given.image, given.text, pids),
+        "ibm": ibm_loss(given.image, given.text, pids),
+        "nitc": nitc_loss(given.image, given.text, pids, 0.02),
+        "ritc": ritc_loss(given.image, given.text, pids, 0.02),
         "id": id_loss(given.image_logits, given.text_logits, pids),
         "mlm": F.cross_entropy(given.word_logits[1:], given.word_labels[1:]),
     }
@@ -322,3 +327,23 @@ def test_total_loss_follows_the_recipes_temperature_and_target_and_the_word_coun
     assert parts["itc"] == itc_loss(given.image, given.text, 0.3)
     assert parts["cmpm"] == cmpm_loss(given.image, given.text, pids, "l2")
     assert parts["mlm"].item() == pytest.approx(mlm_loss(given.word_logits, given.word_labels).item() * 5 / 10)
+
+
+def test_total_loss_of_joined_features_gives_each_loss_its_part(pids):
+    given = features()
+    selected = [torch.randn(5, 12, generator=torch.Generator().manual_seed(seed)) for seed in (2, 3)]
+    whole = {name: getattr(given, name) for name in ("image", "text")}
+    for (name, feature), own in zip(whole.items(), selected, strict=True):
+        setattr(given, name, torch.cat([feature, own], 1))
+    parts = total_loss(given, pids, recipe(losses="tal+tse+sdm"))
+    assert parts["tal"] == tal_loss(*whole.values(), pids)
+    assert parts["tse"] == tal_loss(*selected, pids)
+    assert parts["sdm"] == sdm_loss(*whole.values(), pids)
+
+
+def test_total_loss_takes_the_learned_temperature_and_the_epoch_of_the_step(pids):
+    given, tbps = features(), recipe(losses="nitc+sdm", learned_temperature=True, epochs=4)
+    given.temperature = torch.tensor(0.3)
+    parts = total_loss(given, pids, tbps, elapsed=0.125)
+    assert parts["nitc"] == nitc_loss(given.image, given.text, pids, torch.tensor(0.3), 0.5)
+    assert parts["sdm"] == sdm_loss(given.image, given.text, pids, torch.tensor(0.3))

@@ -48,7 +48,7 @@ SEAMS = {  # core file → rooms that it may import, inside functions only
     "recipes": ["hub"],
     "annotations": ["datasets"],
     "images": ["datasets", "synthetic"],
-    "batches": ["scale"],
+    "batches": ["scale", "variants"],
     "interaction": ["variants"],
     "model": ["variants"],
     "backbone": ["hub", "variants"],
@@ -71,7 +71,7 @@ ROOMS = {  # room → other rooms that it may import
     "explorer": ["analysis"],
     "benchmark": ["released", "scale", "synthetic"],
     "hub": ["released"],
-    "command": ["explorer", "hub", "search", "studies"],
+    "command": ["explorer", "hub", "scale", "search", "studies"],
 }
 # What a room may import of the core, where that is not all of it.
 OF_THE_CORE = {"synthetic": ["settings"], "synthetic/pretraining.py": CORE}

@@ -30,6 +30,14 @@ def test_the_released_preset_sets_every_departure_and_nothing_else():
     assert (released.adam_eps, released.select_on, released.precision) == (1e-3, "test", "fp16")
 
 
+def test_the_tbps_preset_is_the_recipe_of_tbps_clip_and_may_be_taken_apart():
+    paper, tbps = irra.recipe("cuhk"), irra.recipe("cuhk", preset="tbps")
+    changed = {name for name in Recipe.__dataclass_fields__ if getattr(paper, name) != getattr(tbps, name)}
+    assert changed == {"preset", *PRESETS["tbps"]}
+    assert (tbps.losses, tbps.temperature, tbps.epochs, tbps.word_deletion) == ("nitc+ritc", 0.01, 5, 0.05)
+    assert irra.recipe("cuhk", preset="tbps", losses="tal").learned_temperature  # the preset's value, which is not read
+
+
 def test_the_study_preset_shortens_a_run_from_pretrained_weights_and_one_from_scratch_alike():
     made = [irra.recipe(preset="study", pretrained=weights) for weights in (None, "none")]
     assert {each.epochs for each in made} == {PRESETS["study"]["epochs"]}
@@ -116,6 +124,15 @@ def test_a_recipe_survives_json():
         ({"losses": "sdm", "interaction": "co"}, ValueError, ["no effect with losses 'sdm'", "add mlm"]),
         ({"losses": "cmpm+id", "temperature": 0.05}, ValueError, ["temperature 0.05", "add sdm"]),
         ({"cmpm_target": "l2"}, ValueError, ["cmpm_target 'l2'", "add cmpm"]),
+        ({"losses": "tal", "learned_temperature": True}, ValueError, ["learned_temperature True", "add sdm"]),
+        ({"token_selection": "layers"}, ValueError, ["token_selection 'layers'", "add tse"]),
+        ({"losses": "tse+id"}, ValueError, ["align nothing"]),
+        ({"losses": "tal+tse", "micro_batch": 8}, ValueError, ["micro_batch 8", "loss tse", "leave micro_batch out"]),
+        ({"per_identity": 2}, ValueError, ["per_identity 2 has no effect", "take sampler 'identity'"]),
+        ({"sampler": "identity", "batch_size": 10}, ValueError, ["batch_size 10 is no multiple", "4: take 8"]),
+        ({"sampler": "identity", "batch_size": 3}, ValueError, ["batch_size 3 is no multiple", "4: take 4"]),
+        ({"sampler": "identiy"}, ValueError, ["sampler 'identiy'", "did you mean 'identity'?"]),
+        ({"shuffled_captions": 1.5}, ValueError, ["'shuffled_captions' is 1.5", "at most 1.0"]),
         ({"backbone": "ViT-B-61"}, ValueError, ["'ViT-B-61'", "did you mean 'ViT-B-16'?"]),
         ({"backbone": "RN50"}, ValueError, ["'RN50' is not supported", "vision transformer", "ViT-B-16"]),
         ({"backbone": "ViT-B-16", "pretrained": "general"}, ValueError, ["general", "small CLIP"]),

@@ -18,7 +18,9 @@ from irra_core.datasets.mapped import CheckedPixels
 from irra_core.evaluation import METRICS
 from irra_core.losses import total_loss
 from irra_core.objective import step_precision
+from irra_core.scale.failures import replay
 from irra_core.scale.precision import half_weights
+from irra_core.scale.summary import summary
 from irra_core.training import build_optimiser, learning_rate, train
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -158,7 +160,7 @@ def test_test_is_read_once_and_only_at_the_end(tiny, annotations, tmp_path, monk
     list(train(tiny.replace(select_on="test"), annotations, tmp_path / "test"))
     assert splits == ["test"] * (len(history) + 2)
     assert runs.load_run(tmp_path / "test")["metrics"]["selected"]["on"] == "test"
-    assert "not comparable" in runs.summary(tmp_path / "test")
+    assert "not comparable" in summary(tmp_path / "test")
 
 
 def test_the_kept_weights_are_those_of_the_best_evaluation(annotations, tmp_path, tiny):
@@ -215,7 +217,7 @@ def test_a_gradient_that_is_no_number_stops_the_run_at_its_step_though_the_losse
     monkeypatch.setattr(objective, "total_loss", steep)
     with pytest.raises(FloatingPointError, match=r"step 2: .*'gradient': nan.*failed-batch"):
         list(train(tiny.replace(evaluate_every=5), annotations, tmp_path / "run"))
-    again = training.replay(tmp_path / "run")
+    again = replay(tmp_path / "run")
     assert np.isnan(again.pop("gradient"))
     assert np.isfinite(list(again.values())).all()
     assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "run" / runs.FAILED).values())
@@ -317,7 +319,7 @@ def test_a_run_that_explodes_saves_what_computes_the_same_loss_again(tiny, annot
     recipe = tiny.replace(lr=1e30, max_steps=None, epochs=5)
     with pytest.raises(FloatingPointError, match=r"not finite at step (\d+): .*lr 1e\+29.*failed-batch") as error:
         list(train(recipe, annotations, tmp_path / "run"))
-    again = training.replay(tmp_path / "run")
+    again = replay(tmp_path / "run")
     assert str(again) in str(error.value)
     assert not all(np.isfinite(list(again.values())))
     _, kept = irra.load_checkpoint(tmp_path / "run" / runs.FAILED)
@@ -429,7 +431,7 @@ def test_unreadable_photos_are_left_out_listed_and_counted(annotations, tmp_path
     list(train(tiny.replace(max_steps=1), table, tmp_path / "run"))
     assert pd.read_csv(tmp_path / "run" / runs.UNREADABLE).path.tolist() == [str(broken)]
     assert runs.load_run(tmp_path / "run")["metrics"]["unreadable_images"] == 1
-    assert "left out: 1 photo that cannot be read, see unreadable.csv" in runs.summary(tmp_path / "run")
+    assert "left out: 1 photo that cannot be read, see unreadable.csv" in summary(tmp_path / "run")
 
 
 def test_one_unreadable_photo_stops_a_run_whose_recipe_says_so(annotations, tmp_path, tiny, monkeypatch):

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     executed.parent.mkdir(parents=True, exist_ok=True)
     os.replace(aside, executed)
     if name == "train":
-        from irra_core.runs import summary
+        from irra_core.scale.summary import summary
 
         print(summary(executed.parent))
     print(f"      notebook: {executed.resolve()}\n          html: {html(executed).resolve()}")

@@ -85,16 +85,19 @@ def save_official(model: IRRA, path: str | Path) -> None:
 
     Its tensors are on the CPU. The released code always lets words attend to padding, even if this model does not.
     Raises ValueError for a model that the released code cannot represent: another interaction encoder, activation or
-    width of heads.
+    width of heads, or token selection.
     """
     blocks = [*model.clip.visual.transformer.resblocks, *model.clip.transformer.resblocks]
     if not isinstance(model.interaction, CrossEncoder | None):
         raise ValueError(f"the released code has no {type(model.interaction).__name__}: only interaction 'cross'")
+    if model.selection is not None:
+        raise ValueError("the released code has no token selection: train without tse")
     if not all(isinstance(block.mlp.gelu, QuickGELU) for block in blocks):
         raise ValueError("the released code computes QuickGELU, this model GELU: only -quickgelu backbones fit")
     if not all(block.attn.head_dim == _HEAD_WIDTH for block in blocks):
         raise ValueError(f"the released code has heads of width {_HEAD_WIDTH}, this model has others")
     state = {released_name(name): value.cpu() for name, value in learned(weights_of(model)).items()}
+    state.pop("log_scale", None)  # a learned temperature, which no score needs
     with replaced(path) as aside:
         torch.save({"model": state}, aside)
 

@@ -25,6 +25,7 @@ from irra_core import runs
 from irra_core.batches import ALONE, Team
 from irra_core.checkpoints import replaced
 from irra_core.recipes import Recipe, check_processes
+from irra_core.scale.summary import summary
 from irra_core.settings import default_device
 
 PATIENCE = timedelta(hours=12)  # one process decodes a data set while the others wait
@@ -82,7 +83,7 @@ def run_process(train: Callable[..., Iterator[dict[str, Any]]], arguments: list[
             if given.tell and team.leads:
                 tell("row", row)
         if team.leads and not given.tell:
-            sys.stdout.write(runs.summary(given.folder) + "\n")
+            sys.stdout.write(summary(given.folder) + "\n")
 
 
 @contextmanager

@@ -56,7 +56,7 @@ class _Losses(nn.Module):
         """The scalar to differentiate for one piece, and the piece's share of the MLM loss.
 
         `gradient` is that of the whole batch's losses at the piece's features. If the whole batch's `features` are
-        given, the classifier gets its gradient too.
+        given, the classifier and a learned temperature get their gradients too.
         """
         with step_arithmetic(self.model, self.precision):
             output = self.model(*piece.inputs)
@@ -65,7 +65,7 @@ class _Losses(nn.Module):
         if output.word_logits is not None:
             mlm = mlm_loss(output.word_logits, output.word_labels, piece.word_count)
             total = total + mlm * self.team.processes  # DistributedDataParallel averages the gradients
-        if features is not None and self.model.classifier is not None:
+        if features is not None and (self.model.classifier is not None or self.model.log_scale is not None):
             total = total + sum(_losses_of_features(self.model, self.recipe, features, piece).values())
         return total, mlm.detach()
 
@@ -127,4 +127,4 @@ def _losses_of_features(
     """The losses except MLM from global features; each row holds the image and the text feature side by side."""
     names = [name for name in recipe.loss_names if name != "mlm"]
     output = model.classified(Features(*features.chunk(2, 1)))
-    return total_loss(output, batch.all_pids, recipe, names=names)
+    return total_loss(output, batch.all_pids, recipe, names=names, elapsed=batch.elapsed)

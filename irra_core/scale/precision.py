@@ -42,7 +42,7 @@ def half_weights(model: nn.Module) -> nn.Module:
     LayerNorms and embeddings stay fp32. In place.
     """
     for name, parameter in model.named_parameters():
-        if not any(word in name for word in ("ln_", ".ln.", "embedding")):
+        if not any(word in name for word in ("ln_", ".ln.", "embedding", "log_scale")):
             parameter.data = parameter.data.half()
     return model
 
@@ -66,8 +66,8 @@ def is_adapted(model: nn.Module) -> bool:
 def weights_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Within, the model computes with copies of its weights in that precision, made once; their gradients reach it.
 
-    Embeddings and the classifier stay as they are, and on a CPU LayerNorms, whose gradients its kernels add up in the
-    precision of the activations. QuickGELU's two factors are in the copies.
+    Embeddings, classifier, token selection and a learned temperature stay as they are, and on a CPU LayerNorms, whose
+    gradients its kernels add up in the precision of the activations. QuickGELU's two factors are in the copies.
     """
     found, fed = list(_castable(model)), _feed_forwards(model)
     factors = {id(weight): factor for part in fed for weight, factor in _factors(part)}
@@ -91,10 +91,15 @@ def _castable(model: nn.Module) -> Iterator[tuple[dict, str, nn.Parameter]]:
     """Where each weight is that `weights_in` copies: its module's parameters, its name, the weight."""
     cuda = next(model.parameters()).is_cuda
     for path, module in model.named_modules():
-        if "embedding" in path or path == "classifier" or (isinstance(module, nn.LayerNorm) and not cuda):
+        if (
+            "embedding" in path
+            or path == "classifier"
+            or path.startswith("selection")
+            or (isinstance(module, nn.LayerNorm) and not cuda)
+        ):
             continue
         for name, weight in module._parameters.items():
-            if weight is not None and weight.dtype == torch.float32 and "embedding" not in name:
+            if weight is not None and weight.dtype == torch.float32 and "embedding" not in name and name != "log_scale":
                 yield module._parameters, name, weight
 
 

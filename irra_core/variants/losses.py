@@ -22,6 +22,8 @@ from irra_core.losses import (
     sdm_loss,
 )
 from irra_core.settings import unknown
+from irra_core.variants.ibm import ibm_loss
+from irra_core.variants.tbps import nitc_loss, ritc_loss
 
 
 @in_full_precision
@@ -98,12 +100,25 @@ def _triplets(scores: Float[Tensor, "n n"], same: Tensor, margin: float, tau: fl
     return (margin - (alpha * scores).sum(1) + negative).clamp(min=0).sum()
 
 
+def tse_loss(
+    selected_image: Float[Tensor, "batch dim"],
+    selected_text: Float[Tensor, "batch dim"],
+    pids: Int[Tensor, " batch"],
+) -> Float[Tensor, ""]:
+    """Triplet alignment of the features of selected tokens (see token_selection); RDE's own losses are tal+tse."""
+    return tal_loss(selected_image, selected_text, pids)
+
+
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "sdm": sdm_loss,
     "itc": itc_loss,
     "cmpm": cmpm_loss,
     "cmpc": cmpc_loss,
     "tal": tal_loss,
+    "ibm": ibm_loss,
+    "nitc": nitc_loss,
+    "ritc": ritc_loss,
+    "tse": tse_loss,
     "id": id_loss,
     "mlm": mlm_loss,
 }

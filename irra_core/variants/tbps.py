@@ -12,6 +12,13 @@ from irra_core.losses import cosines, divergence, in_full_precision, same_person
 
 SOFT = 0.5  # authors' code: the largest share of the model's own scores in the target
 EPSILON = 1e-2  # authors' code; sdm_loss has 1e-8
+LARGEST_SCALE = 100.0  # CLIP: 1 / temperature never exceeds it
+
+
+def temperature_of(log_scale: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """The learned temperature, at least 0.01; its gradient is that without this bound, so that it can rise again."""
+    scale = log_scale.exp()
+    return 1 / (scale + (scale.clamp(max=LARGEST_SCALE) - scale).detach())
 
 
 @in_full_precision

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import irra_core as irra
-from irra_core import runs
 from irra_core.backbone import build_model, load_clip_weights, resize_positions
 from irra_core.released.checkpoint import released_name
+from irra_core.scale.summary import summary
 from irra_core.training import train
 
 pytestmark = pytest.mark.usefixtures("narrow")
@@ -70,7 +70,7 @@ def test_the_outputs_of_a_run_from_such_a_file_are_marked(tiny, annotations, tmp
         list(train(recipe, annotations, tmp_path / "run"))
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["selected"] == {"on": "val", "step": 1, "pretrained_on": "test"}
-    assert "(weights selected on test: not comparable)" in runs.summary(tmp_path / "run")
+    assert "(weights selected on test: not comparable)" in summary(tmp_path / "run")
 
 
 def test_weights_of_another_kind_are_not_marked(tiny, tmp_path):

@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 import irra_core as irra
-from irra_core import runs, training
+from irra_core import runs
 from irra_core.batches import Batch
 from irra_core.objective import Objective
 from irra_core.released.checkpoint import save_official
+from irra_core.scale.failures import replay
+from irra_core.scale.summary import summary
 from irra_core.training import build_optimiser, factor_and_decay, train
 from irra_core.variants.adapters import MATRICES, is_adapter, merge, merged
 
@@ -206,14 +208,14 @@ def test_a_run_says_how_many_of_its_parameters_were_trained(adapted, annotations
     assert machine["trainable_parameters"] == 3 * sum(2 * sum(size) for size in sizes)
     plain = irra.build_model(recipe.replace(adapter_rank=0, frozen="none"), 10)
     assert machine["parameters"] == sum(math.prod(parameter.shape) for parameter in plain.parameters())
-    assert f"trained: {machine['trainable_parameters'] / 1e6:.2f} M of" in runs.summary(tmp_path / "run")
+    assert f"trained: {machine['trainable_parameters'] / 1e6:.2f} M of" in summary(tmp_path / "run")
 
 
 def test_a_run_with_adapters_that_explodes_computes_the_same_loss_again(adapted, annotations, tmp_path):
     recipe = adapted.replace(lr=1e30, max_steps=None, epochs=5)
     with pytest.raises(FloatingPointError) as error:
         list(train(recipe, annotations, tmp_path / "run"))
-    assert str(training.replay(tmp_path / "run")) in str(error.value)
+    assert str(replay(tmp_path / "run")) in str(error.value)
 
 
 @pytest.mark.parametrize("changes", [{"adapter_rank": 2}, {"frozen": "image"}], ids=["adapters", "frozen"])

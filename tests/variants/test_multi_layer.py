@@ -28,7 +28,7 @@ def slow_kept(block):
 @pytest.mark.parametrize(("blocks", "middle"), [(1, 0), (3, 1), (12, 4)])
 def test_the_rollout_is_the_product_over_a_middle_and_the_last_block(blocks, middle):
     layers = attention(blocks)
-    found = rollout(layers)
+    found = rollout(layers[blocks // 3], layers[-1])
     for row in range(3):
         expected = slow_kept(layers[-1][row]) @ slow_kept(layers[middle][row])
         torch.testing.assert_close(found[row], expected)
@@ -40,8 +40,8 @@ def test_of_a_text_no_entry_is_dropped_so_that_padding_changes_nothing():
     scores = torch.randn(2, 1, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     long = list(scores.masked_fill(~earlier, -torch.inf).softmax(-1))
     short = [layer[:, :, :4, :4] for layer in long]
-    torch.testing.assert_close(rollout(long)[:, 3, :4], rollout(short)[:, 3])
-    assert (rollout(long)[0][earlier] > 0).all()
+    torch.testing.assert_close(rollout(*long)[:, 3, :4], rollout(*short)[:, 3])
+    assert (rollout(*long)[0][earlier] > 0).all()
 
 
 def test_the_share_of_selected_tokens_falls_from_the_first_to_the_last_value():

@@ -6,7 +6,7 @@ REPORTS := $(or $(IRRA_REPORTS),reports)
 LATEST := $(REPORTS)$(if $(filter-out 0,$(IRRA_SMOKE)),/smoke)/latest
 BENCH := $(REPORTS)$(if $(filter-out 0,$(IRRA_SMOKE)),/smoke)/benchmark
 ARGS ?=
-DATASET ?= synthetic
+DATASET ?=
 
 .PHONY: train pretrain test test-long lab lock lint notebooks report studies explorer bench bench-explorer browser
 
@@ -41,17 +41,15 @@ notebooks: .venv/milvus  ## every notebook, shrunken, cell by cell; then one as 
 	IRRA_SMOKE=1 $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 notebooks
 	cd notebooks && IRRA_SMOKE=1 ../$(BIN)/papermill --no-progress-bar train.ipynb ../reports/smoke/out.ipynb -p seed 1
 
-studies: .venv/ready  ## the paper's five questions on DATASET, then the page of results; ARGS="-p workers 2" goes to papermill
+studies: .venv/ready  ## the paper's five questions, then the page of results; ARGS="-p size small -p workers 2" goes to papermill, DATASET=rstp takes real data
 	@for study in rq1 rq2 rq3 rq4 released; do \
-		notebook=ablation; if [ $$study = released ]; then notebook=released_vs_paper; fi; \
-		folder="$(REPORTS)/$(DATASET)/studies/$$study"; mkdir -p "$$folder"; \
-		chosen="-p study $$study"; if [ $$study = released ]; then chosen=; fi; \
-		$(BIN)/papermill notebooks/$$notebook.ipynb "$$folder/$$notebook.ipynb" $$chosen -p dataset $(DATASET) $(ARGS) || exit 1; \
+		$(BIN)/irra study $$study $(if $(DATASET),-p dataset $(DATASET)) $(ARGS) || exit 1; \
 	done
-	$(BIN)/papermill notebooks/transfer.ipynb "$(REPORTS)/transfer.ipynb" $(ARGS)
+	$(BIN)/irra study rq5 $(ARGS)
 	for notebook in attention similarity; do \
-		$(BIN)/papermill notebooks/$$notebook.ipynb "$(REPORTS)/$$notebook.ipynb" -p dataset $(DATASET) || exit 1; \
+		$(BIN)/irra study $$notebook $(if $(DATASET),-p dataset $(DATASET)) || exit 1; \
 	done
+	@$(BIN)/python -m irra_core.studies.verdicts $(if $(findstring size small,$(ARGS)),small)
 	@$(MAKE) report
 
 report: .venv/ready  ## every finished run and study on one page, index.html in the reports folder

@@ -45,6 +45,10 @@ def run(arguments: argparse.Namespace) -> int:
         from irra_core.scale.summary import summary
 
         print(summary(executed.parent))
+    if arguments.command == "study":
+        from irra_core.studies import write_markdown
+
+        print(f"      markdown: {write_markdown(executed, executed.parent).resolve()}")
     print(f"      notebook: {executed.resolve()}\n          html: {html(executed).resolve()}")
     return 0
 
@@ -56,10 +60,10 @@ def _home(arguments: argparse.Namespace, name: str, given: list[str]) -> Path:
         return (reports / "latest").resolve()
     if name not in ("ablation", "released_vs_paper"):
         return reports
-    from irra_core.studies import study_folder
+    from irra_core.studies import sized, study_folder
 
-    dataset = given[given.index("dataset") + 1] if "dataset" in given else "synthetic"
-    return study_folder(arguments.study, dataset)
+    dataset, size = (given[given.index(word) + 1] if word in given else None for word in ("dataset", "size"))
+    return study_folder(arguments.study, dataset or sized(size or "full")["dataset"])
 
 
 def papermill(words: list[str]) -> None:

@@ -8,7 +8,9 @@ _HOMES = {
         "study_folder save_study"
     ),
     "sizes": "SIZES sized domains",
-    "committed": "DONE export_run disagreement machines",
+    "committed": "DONE export_run disagreement machines committed",
+    "pictures": "picture",
+    "page": "write_markdown",
     "verdicts": "PRIMARY Hypothesis verdicts",
     "tables": "collect beside_published gains seconds_per_step",
 }

@@ -167,6 +167,18 @@ def verdict(row: Series | Mapping[str, Any]) -> str:
     return f"undecided: {name} against {reference} {gain:+.1f} [{low:.1f}, {high:.1f}]{caution}"
 
 
+def power(table: DataFrame) -> str:
+    """A sentence: how wide the 95 % intervals of the gains in R@1 of a table of `compare` are, and what that means."""
+    compared = table[(table.variant != table.reference) & table.R1_gain.notna()]
+    half = ((compared.R1_gain_high - compared.R1_gain_low) / 2).tolist()
+    if not half:
+        return "Nothing was compared, so nothing is decided."
+    ends = f"±{min(half):.1f}" if f"{min(half):.1f}" == f"{max(half):.1f}" else f"±{min(half):.1f} to ±{max(half):.1f}"
+    seeds = int(compared.seeds.min())
+    alone = " One seed each: how much other seeds differ is not known." if seeds == 1 else ""
+    return f"Intervals of gains in R@1: {ends} points; a smaller difference stays undecided.{alone}"
+
+
 def readable(table: DataFrame) -> DataFrame:
     """A table of `compare` for the eye: `53.6 ± 0.8`, gains as `+2.1 [0.6, 3.7]`, what is missing as its status."""
     text = DataFrame({"": table.variant})

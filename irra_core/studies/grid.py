@@ -110,12 +110,16 @@ def plan_transfer(datasets: Iterable[str], seeds: int = 3, **overrides: Any) -> 
 
 
 def plan_all(size: str = "full", **given: Any) -> DataFrame:
-    """The runs of every study in a size of SIZES, with the column `study` first; several rows may share a recipe."""
+    """The runs of every study in a size of SIZES, with the column `study` first, seed by seed.
+
+    Several rows may share a recipe, which `run_all` runs once.
+    """
     asked = sized(size, **given)
     parts = [plan(name, **asked).assign(study=name) for name in STUDIES]
     others = {name: value for name, value in asked.items() if name != "dataset"}
     parts.append(plan_transfer(domains(size), **others).assign(study="transfer"))
-    return pd.concat(parts, ignore_index=True)[["study", "variant", "seed", "recipe"]]
+    table = pd.concat(parts)[["study", "variant", "seed", "recipe"]]
+    return table.sort_values("seed", kind="stable", ignore_index=True)
 
 
 def plan(study: str | Study, dataset: str = "synthetic", seeds: int = 3, **overrides: Any) -> DataFrame:

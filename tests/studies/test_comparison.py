@@ -85,6 +85,16 @@ def test_what_did_not_run_stays_in_the_table_and_says_why(finished):
     assert verdict(table.iloc[3]) == "never: not run: fp16 needs a GPU"
 
 
+def test_the_width_of_the_intervals_says_what_stays_undecided(finished):
+    table = compare(finished, "sdm")
+    half = [(row.R1_gain_high - row.R1_gain_low) / 2 for row in table[table.variant.isin(["itc", "late"])].itertuples()]
+    said = comparison.power(table)
+    assert said.startswith(f"Intervals of gains in R@1: ±{min(half):.1f} to ±{max(half):.1f} points; ")
+    assert said.endswith("One seed each: how much other seeds differ is not known.")  # as few as any variant has
+    assert "One seed" not in comparison.power(table[table.variant != "late"])
+    assert comparison.power(table[table.variant == "sdm"]) == "Nothing was compared, so nothing is decided."
+
+
 def test_without_known_twins_the_hard_table_says_that_there_are_none(finished):
     for path in finished.path.dropna():
         pd.read_csv(Path(path) / "queries.csv").assign(hard=False).to_csv(Path(path) / "queries.csv")

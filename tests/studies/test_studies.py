@@ -17,6 +17,7 @@ from irra_core.recipes import PRESETS
 from irra_core.studies import grid as studies
 from irra_core.studies.comparison import compare, verdict
 from irra_core.studies.grid import STUDIES, Study, estimate, plan, run_all
+from irra_core.studies.sizes import sized
 
 # the grid
 
@@ -73,6 +74,30 @@ def test_smoke_leaves_the_reference_one_variant_and_one_seed(monkeypatch):
     for name, study in STUDIES.items():
         table = plan(name, seeds=3)
         assert (len(table), set(table.seed), study.reference in set(table.variant)) == (2, {0}, True)
+
+
+def test_a_size_says_data_seeds_and_epochs_and_what_is_given_wins():
+    assert sized("small", epochs=None, lr=0.1) == {"dataset": "synthetic", "seeds": 1, "epochs": 1, "lr": 0.1}
+    assert sized("full", dataset="rstp", seeds=5) == {"dataset": "rstp", "seeds": 5}
+    with pytest.raises(ValueError, match=r"size 'smal' is unknown: did you mean 'small'"):
+        sized("smal")
+
+
+@pytest.mark.parametrize("size", ["full", "small"])
+def test_the_plan_of_everything_has_each_studys_runs_and_shares_what_is_the_same(size):
+    everything, given = studies.plan_all(size), sized(size)
+    for name in STUDIES:
+        rows = everything[everything.study == name]
+        assert set(rows.recipe) == set(plan(name, **given).recipe)
+        assert len(rows) == len(STUDIES[name].variants) * given["seeds"]
+    domains = everything[everything.study == "transfer"]
+    assert len(set(domains.variant)) == 3
+    assert {made.dataset for made in domains.recipe} == set(domains.variant)
+    assert {made.losses for made in domains.recipe} == {"sdm+id+mlm"}
+    shared = set(domains.recipe) & set(plan("rq1", **given).recipe)  # the runs on the studies' own data set
+    assert len(shared) == given["seeds"]
+    assert len(set(everything.recipe)) < 0.8 * len(everything)
+    assert everything.seed.is_monotonic_increasing
 
 
 # running it

@@ -50,7 +50,9 @@ PRIMARY: dict[str, Hypothesis] = {
 }
 
 
-def verdicts(size: str = "full", primary: Mapping[str, Hypothesis] = PRIMARY, root: Path | None = None) -> DataFrame:
+def verdict_table(
+    size: str = "full", primary: Mapping[str, Hypothesis] = PRIMARY, root: Path | None = None
+) -> DataFrame:
     """One row per question, from finished runs of the reports folder and committed ones, without data or training.
 
     Committed runs are below `root` (default: `committed.committed_root()`).
@@ -200,7 +202,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def to_markdown(table: DataFrame) -> str:
-    """The table of `verdicts` in Markdown: verdict, figure with interval, power reached and planned, cost."""
+    """The table of `verdict_table` in Markdown: verdict, figure with interval, power reached and planned, cost."""
     head = ["question", "hypothesis", "verdict", "gain [95 % interval], points", "p, Holm", "half-width, planned"]
     head += ["seeds × people × captions", "hours of runs", "command"]
     lines = [head, ["---"] * len(head)]
@@ -216,4 +218,4 @@ def to_markdown(table: DataFrame) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(to_markdown(verdicts(*sys.argv[1:2])))
+    sys.stdout.write(to_markdown(verdict_table(*sys.argv[1:2])))

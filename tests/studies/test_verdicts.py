@@ -100,7 +100,7 @@ def small(tmp_path_factory):
 
 
 def test_the_table_says_what_is_decided_what_is_not_and_what_was_not_run(small):
-    table = verdicts.verdicts("small", root=small).set_index("question")
+    table = verdicts.verdict_table("small", root=small).set_index("question")
     assert table.verdict.to_dict() == {
         "rq1": "undecided", "rq2": "contradicted", "rq3": "not run", "rq4": "not run", "rq5": table.verdict["rq5"]
     }  # fmt: skip
@@ -121,7 +121,7 @@ def test_the_table_says_what_is_decided_what_is_not_and_what_was_not_run(small):
 
 def test_transfer_gains_are_the_mean_over_all_data_sets_but_the_own_one(small):
     """Recomputed from the files by name, without the library's reader."""
-    row = verdicts.verdicts("small", root=small).set_index("question").loc["rq5"]
+    row = verdicts.verdict_table("small", root=small).set_index("question").loc["rq5"]
     names, hits = sizes.domains("small"), {}
     for folder in small.iterdir():
         recipe = json.loads((folder / "run.json").read_text())["recipe"]

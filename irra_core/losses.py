@@ -129,8 +129,8 @@ def total_loss(
     `features` is the model's `Features`; pids are class numbers. A loss gets, by its parameters' names, what is listed
     below. `word_count`: see mlm_loss. `names` picks some of the recipe's losses; `elapsed`: see Batch.
     """
+    from irra_core.variants.joined import parts_of
     from irra_core.variants.losses import LOSSES
-    from irra_core.variants.token_selection import parts_of
 
     given = parts_of(features, "tse" in recipe.loss_names) | {
         "pids": pids,

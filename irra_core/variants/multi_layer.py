@@ -13,9 +13,11 @@ after training k stays at 0.5 (the code: 0.4). Its head has width 4,096 and a se
 that of token_selection, so that the two ways to select can be compared.
 """
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from irra_core.augmentation import full_precision
 
@@ -26,6 +28,18 @@ DROPPED = 0.25
 def ratio_at(elapsed: float) -> float:
     """The share of the tokens that is selected when a share `elapsed` of the training is done."""
     return FIRST * (LAST / FIRST) ** min(max(elapsed, 0.0), 1.0)
+
+
+def recorded(kind: str, encoder: nn.Module) -> dict[int, list[Tensor]]:
+    """What an encoder is to record: the attention of its last block and, for `layers`, of a middle one."""
+    depth = len(encoder.transformer.resblocks)
+    return {number: [] for number in ([depth // 3] if kind == "layers" else []) + [depth - 1]}
+
+
+def seen(kind: str, record: Mapping[int, list[Tensor]]) -> Float[Tensor, "b n n"]:
+    """How much each token counts for each other one, of the attention that was recorded."""
+    blocks = [attention.detach() for (attention,) in record.values()]
+    return full_precision(blocks[-1]).mean(1) if kind == "last" else rollout(blocks[0], blocks[-1])
 
 
 @torch.no_grad()

@@ -16,6 +16,16 @@ from torch import Tensor, nn
 
 from irra_core.augmentation import full_precision
 from irra_core.batches import ALONE, Team
+from irra_core.transformer import pick
+
+
+def selected(
+    tokens: Float[Tensor, "b n d"], scores: Float[Tensor, "b n"], count: int
+) -> tuple[Float[Tensor, "b k d"], Bool[Tensor, "b k"]]:
+    """The `count` tokens with the highest scores, l2-normalised; True for scores from 0, and for the highest."""
+    best, at = scores.topk(max(1, min(count, tokens.shape[1])), dim=1)
+    first = torch.arange(best.shape[1], device=best.device) == 0
+    return F.normalize(full_precision(pick(tokens, at)), dim=2), (best >= 0) | first
 
 
 class SelectionHead(nn.Module):

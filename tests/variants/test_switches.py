@@ -16,7 +16,8 @@ from irra_core.evaluation import encode_images, encode_texts
 from irra_core.model import IRRA
 from irra_core.scale.failures import replay
 from irra_core.training import build_optimiser, train
-from irra_core.variants.token_selection import HEAD_LR, TokenSelection, parts
+from irra_core.variants.joined import parts
+from irra_core.variants.token_selection import HEAD_LR, TokenSelection
 
 pytestmark = pytest.mark.usefixtures("narrow")
 

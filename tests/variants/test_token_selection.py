@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from irra_core.variants.selection_head import BatchNorm, SelectionHead
-from irra_core.variants.token_selection import RATIO, TokenSelection, joined, parts, selected
+from irra_core.variants.joined import joined, parts
+from irra_core.variants.selection_head import BatchNorm, SelectionHead, selected
+from irra_core.variants.token_selection import RATIO, TokenSelection
 
 DIM = 6
 

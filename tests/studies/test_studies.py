@@ -77,7 +77,9 @@ def test_smoke_leaves_the_reference_one_variant_and_one_seed(monkeypatch):
 
 
 def test_a_size_says_data_seeds_and_epochs_and_what_is_given_wins():
-    assert sized("small", epochs=None, lr=0.1) == {"dataset": "synthetic", "seeds": 1, "epochs": 1, "lr": 0.1}
+    assert sized("small", epochs=None, lr=0.1) == {
+        "dataset": "synthetic", "seeds": 1, "epochs": 1, "max_steps": 150, "lr": 0.1
+    }  # fmt: skip
     assert sized("full", dataset="rstp", seeds=5) == {"dataset": "rstp", "seeds": 5}
     with pytest.raises(ValueError, match=r"size 'smal' is unknown: did you mean 'small'"):
         sized("smal")

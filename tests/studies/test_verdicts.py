@@ -86,7 +86,7 @@ def small(tmp_path_factory):
                 ranks = ranks_of(levels[row.variant], 10 * row.seed + len(row.variant))
                 committed.export_run(made_run(folder, row.recipe, ranks), base / "runs")
         names = sizes.domains("small")
-        for place, row in enumerate(grid.plan_transfer(names, seeds=2, epochs=1).itertuples()):
+        for place, row in enumerate(grid.plan_transfer(names, seeds=2, epochs=1, max_steps=150).itertuples()):
             kept = made_run(base / f"transfer-{row.variant}-{row.seed}", row.recipe, ranks_of(0.5, 50 + place))
             for test in names:
                 for before in (True, False) if test == row.variant else (False,):

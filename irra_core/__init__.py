@@ -21,7 +21,7 @@ _HOMES = {  # module below irra_core: the names that it gives
     "model": "IRRA Features model",
     "backbone": "build_model",
     "losses": "sdm_loss itc_loss id_loss mlm_loss losses",
-    "variants.losses": "cmpm_loss cmpc_loss tal_loss ibm_loss nitc_loss ritc_loss tse_loss LOSSES",
+    "variants.losses": "cmpm_loss cmpc_loss tal_loss LOSSES",
     "metrics": "retrieval_metrics metrics",
     "checkpoints": "save_checkpoint load_checkpoint checkpoints",
     "hub.sources": "load_model",

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 from pandas import DataFrame
 
-from irra_core.recipes import RENDERED, own_file
-from irra_core.settings import data_root, project_root, short, unknown
+from irra_core.recipes import RENDERED
+from irra_core.settings import short, unknown
 
 SPLITS = ("train", "val", "test")
 PATH_FIELDS = ("file_path", "img_path")  # CUHK-PEDES and ICFG-PEDES use the first, RSTPReid the second
@@ -55,7 +55,7 @@ class _Row(NamedTuple):
 
     record: int  # the number of its record, from 1
     name: str  # of the image, as the file writes it
-    caption: str
+    caption: str | None  # None: the photo is in the gallery only
     id: str
     split: str | None
 
@@ -63,24 +63,25 @@ class _Row(NamedTuple):
 def load_annotations(
     dataset: str | Path = "synthetic", root: str | Path | None = None, identities: int | None = None, seed: int = 0
 ) -> DataFrame:
-    """The table of a data set: a name in DATA_SETS, or the path of a .json, .csv or .parquet file of your own.
+    """The table of a data set: a name in DATA_SETS, or the path of your own file or folder (see docs/data_sets.md).
 
     One row per caption, in the file's order: `pid` (the file's integer ids; other ids are numbered by first
-    appearance), `image_id` (from 0, one per image file), `path` (absolute), `caption`, `split`. Image paths in your own
-    file are relative to `imgs/` beside it, to its folder, or to `root` if given: the first that holds some of the
-    images. If it has no splits, its identities are split 5:1:2 by `seed`. `identities` keeps about that many
-    identities, the first by pid, in the proportion of the splits. Only a few image files are looked for here;
-    check_annotations looks for all.
+    appearance), `image_id` (from 0, one per image file), `path` (absolute), `caption` (missing where a val or test
+    photo is in the gallery only), `split`. Image paths in your own file are relative to `imgs/` beside it, to its
+    folder, or to `root` if given: the first that holds some of the images. If it has no splits, its identities are
+    split 5:1:2 by `seed`. `identities` keeps about that many identities, the first by pid, in the proportion of the
+    splits. Only a few image files are looked for here; check_annotations looks for all.
 
     Raises FileNotFoundError for missing data and ValueError for a malformed file. Each message gives file, record
     (counted from 1), field, value and remedy; of several bad records the first SHOWN, and the number of the others.
     """
-    file, folders = _find(str(dataset), root)
+    from irra_core.datasets.places import find
+
+    file, folders = find(str(dataset), root)
     rows, faults = _read(file)
     if str(dataset) in DATA_SETS or any(row.split for row in rows):
-        for row in rows:
-            if row.split is None:
-                faults[row.record] = "field 'split' is missing: write it in every record (own data: or in none)"
+        for row in (each for each in rows if each.split is None):
+            faults[row.record] = "field 'split' is missing: write it in every record (own data: or in none)"
     paths = _locate(file, rows, faults, folders, str(dataset), root)
     pids = _number([row.id for row in rows])
     splits = [row.split for row in rows]
@@ -100,51 +101,15 @@ def load_annotations(
     return table if identities is None else _fewer(table, identities)
 
 
-def _find(dataset: str, root: str | Path | None) -> tuple[Path, list[Path]]:
-    """The annotation file, and the folders that its image paths may be relative to, in order of preference."""
-    if dataset in DATA_SETS:
-        source = DATA_SETS[dataset]
-        folder = data_root(root) / source.folder
-        for path in (folder, folder / source.file, folder / "imgs"):
-            if not path.exists():
-                raise _missing(dataset, root, f"{path} is not there")
-        return folder / source.file, [folder / "imgs"]
-    file = own_file(dataset)
-    if file is None and Path(dataset).suffix.lower() in (".json", ".csv", ".parquet"):
-        raise FileNotFoundError(
-            f"annotation file {dataset!r} is not there: looked in {Path.cwd()} and {project_root()}. "
-            "Give its path; `-p dataset synthetic` needs no file"
-        )
-    if file is None:
-        raise ValueError(f"{unknown('data set', dataset, DATA_SETS)}, or the path of a .json, .csv or .parquet file")
-    given = [] if root is None else [data_root(root)]
-    return file, [folder for folder in (file.parent / "imgs", file.parent, *given) if folder.is_dir()]
-
-
-def _missing(dataset: str, root: str | Path | None, what: str) -> FileNotFoundError:
-    """The error for a missing data set: `what` is missing, the expected folders, and how to get them."""
-    source, folder = DATA_SETS[dataset], data_root(root)
-    if source.paper is None:
-        remedy = f'It needs no download: irra.open_annotations(irra.recipe("{dataset}"), "{folder}") renders it there.'
-    else:
-        remedy = (
-            f"Request it from the authors of {source.paper}. If it is elsewhere, give the folder above it as "
-            "data_root or in IRRA_DATA. `-p dataset synthetic` needs no data."
-        )
-    return FileNotFoundError(
-        f"data set {dataset!r}: {what}. Expected is\n"
-        f"    {folder}/\n        {source.folder}/\n            {source.file}\n            imgs/\n{remedy}"
-    )
-
-
 def _read(file: Path) -> tuple[list[_Row], dict[int, str]]:
     """The rows of an annotation file, and the first fault of each bad record: number → what is wrong with it."""
-    from irra_core.datasets.records import read_records
+    from irra_core.datasets.records import one_photo_each, read_records
 
     rows, faults = [], {}
     for number, record in enumerate(read_records(file), start=1):
         try:
-            rows += _rows(number, record)
+            for part in one_photo_each(record):
+                rows += _rows(number, part)
         except ValueError as error:
             faults[number] = str(error)
     return rows, faults
@@ -161,8 +126,8 @@ def _rows(number: int, record: Any) -> list[_Row]:
         raise ValueError("file_path and img_path differ: keep the one that names the image")
     name = _field(record, (*present, "file_path")[0], str, "the path of an image")
     captions = _field(record, "captions", list, "a list of sentences")
-    if not captions:
-        raise ValueError("captions is empty: write at least one sentence, or drop the record")
+    if not captions and record.get("split") not in ("val", "test"):
+        raise ValueError("captions is empty: write at least one sentence, or drop the record (val, test: gallery only)")
     split = None if record.get("split", "") == "" else _field(record, "split", str, "train, val or test")
     pid = str(_field(record, "id", (int, str), "an integer or a text")).strip()
     for caption in captions:
@@ -172,7 +137,7 @@ def _rows(number: int, record: Any) -> list[_Row]:
         raise ValueError("id is empty: write an integer or a text")
     if split not in (None, *SPLITS):
         raise unknown("split", split, SPLITS)
-    return [_Row(number, name, caption, pid, split) for caption in captions]
+    return [_Row(number, name, caption, pid, split) for caption in captions or [None]]
 
 
 def _field(record: Mapping[str, Any], field: str, types: type | tuple[type, ...], expected: str) -> Any:
@@ -205,10 +170,13 @@ def _locate(
 
     Raises one ValueError for all faults, those of the paths included; then FileNotFoundError if no image is there.
     """
+    from irra_core.datasets.members import exists
+    from irra_core.datasets.places import missing
+
     names = list(dict.fromkeys(row.name for row in rows))
     sample = names[:: max(1, len(names) // SAMPLE)][:SAMPLE]
     bases = [os.path.abspath(folder) for folder in folders]
-    found = [base for base in bases if any(os.path.isfile(_inside(base, name) or "") for name in sample)]
+    found = [base for base in bases if any(exists(_inside(base, name) or "") for name in sample)]
     base = (found or bases)[0]
     paths = {name: _inside(base, name) for name in names}
     remedy = f"names no file inside {base}: write it relative to that folder, and keep the images in it"
@@ -217,7 +185,7 @@ def _locate(
     if not found:
         what = f"none of the first images is there, as {paths[sample[0]]} (record {rows[0].record})"
         if dataset in DATA_SETS:
-            raise _missing(dataset, root, what)
+            raise missing(dataset, root, what)
         looked = f"Looked in {', '.join(bases)}: put the images there, or give their folder as data_root"
         raise FileNotFoundError(f"{named(file)}: {what}. {looked}")
     return [paths[row.name] for row in rows]

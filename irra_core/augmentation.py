@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,12 +41,12 @@ class Augmentation(NamedTuple):
         return Augmentation(*(drawn[rows] for drawn in self))
 
 
-def resides(pixels: UInt8[np.ndarray, "n 3 h w"], device: torch.device) -> bool:
+def resides(pixels: UInt8[Any, "n 3 h w"], device: torch.device) -> bool:
     """True if an image array takes so little of a GPU's memory that it is kept there, and no step copies photos."""
     return device.type == "cuda" and pixels.nbytes <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
 
 
-def on_device(pixels: UInt8[np.ndarray, "n 3 h w"], device: torch.device) -> UInt8[Tensor, "n 3 h w"]:
+def on_device(pixels: UInt8[Any, "n 3 h w"], device: torch.device) -> UInt8[Tensor, "n 3 h w"]:
     """A copy of an image array on a device, made piece by piece: the array may be larger than the free memory here."""
     near = torch.empty(pixels.shape, dtype=torch.uint8, device=device)
     for start in range(0, len(pixels), 1024):

@@ -115,7 +115,7 @@ class Batches:
     def __init__(
         self,
         train: DataFrame,
-        pixels: UInt8[np.ndarray, "n 3 h w"] | UInt8[Tensor, "n 3 h w"],
+        pixels: UInt8[Any, "n 3 h w"],
         tokens: Int[Tensor, "captions length"],
         recipe: Recipe,
         device: str | torch.device = "cpu",
@@ -167,6 +167,8 @@ class Batches:
         augmentation = draw_augmentation(len(rows), recipe, self._generator(AUGMENTATION, step))
         part, asked = team.part(len(rows)), (labels != 0).sum(1)
         whole, rows = rows, rows[part]
+        if follow := getattr(self.pixels, "follow", None):  # photos that are decoded in the background
+            follow(step, lambda later: self._photos_of(later, team).numpy())
         known = {"tokens": tokens[part], "masked_tokens": masked[part], "labels": labels[part]}
         known |= {"pids": self.pids[rows], "rows": rows, "all_pids": self.pids[whole], "word_count": asked.sum()}
         known |= dict(zip(PLACES, masked_places(labels[part]), strict=True))
@@ -179,6 +181,11 @@ class Batches:
             words_each=tuple(asked[part].tolist()),
             elapsed=step / (self.steps_per_epoch * recipe.epochs),
         )
+
+    def _photos_of(self, step: int, team: Team) -> Int[Tensor, " mine"]:
+        """The photos of this process's part of a step."""
+        rows = self._rows(step)
+        return self.images[rows[team.part(len(rows))]]
 
     def _captions(
         self, rows: Int[Tensor, " b"], step: int

@@ -19,7 +19,7 @@ from irra_core.metrics import INTERVAL, METRICS, bootstrap_means, query_metrics_
 from irra_core.objective import autocast
 from irra_core.recipes import Recipe
 from irra_core.settings import progress_bar
-from irra_core.text import VOCABULARY, tokenize, trim
+from irra_core.text import VOCABULARY, length_of, tokenize, trim
 
 Interval = tuple[float, float, float]  # value, low, high
 
@@ -69,7 +69,7 @@ def evaluate(
     annotations: DataFrame,
     split: str = "test",
     *,
-    pixels: np.ndarray | None = None,
+    pixels: Any | None = None,
     hard_pids: Collection[int] = (),
     precision: str = "auto",
     progress=None,
@@ -81,13 +81,14 @@ def evaluate(
     `hard_pids` are the people with a near-twin. Each process of a team encodes and ranks its share, and all get the
     whole. Raises ValueError when the split is empty.
     """
-    queries = annotations[annotations.split == split].reset_index(drop=True)
+    rows = annotations[annotations.split == split]
+    queries = rows.dropna(subset="caption").reset_index(drop=True)  # photos without a caption: gallery only
     if queries.empty:
         raise ValueError(f"split {split!r} has no rows: the table has {', '.join(sorted(set(annotations.split)))}")
     if model.clip.vocab_size != VOCABULARY:
         words = f"{model.clip.vocab_size:,} words, CLIP's {VOCABULARY:,}"
         raise ValueError(f"the model's vocabulary has {words}: it cannot read sentences")
-    photos = queries.drop_duplicates("image_id").reset_index(drop=True)
+    photos = rows.drop_duplicates("image_id").reset_index(drop=True)
     mine, my_captions = team.part(len(photos)), queries.caption[team.part(len(queries))].tolist()
     if pixels is None:
         height, width = model.image_size
@@ -125,10 +126,12 @@ def rank_features(
     """The evaluation of L2-normalised features, row by row those of the two tables; a team shares the queries out."""
     query_pids, gallery_pids = (torch.tensor(table.pid.to_numpy()) for table in (queries, photos))
     found = _ranked_by(team, text, image, query_pids, gallery_pids)
-    back = _ranked_by(team, image, text, gallery_pids, query_pids)
+    described = photos.pid.isin(queries.pid).to_numpy()  # others cannot ask for their caption
+    asking = torch.tensor(described)
+    back = _ranked_by(team, image[asking], text, gallery_pids[asking], query_pids)
     hard = np.isin(queries.pid.to_numpy(), list(hard_pids))
     about = {name: queries[name] for name in ("pid", "image_id", "caption")}
-    about_photos = {name: photos[name] for name in ("pid", "image_id")}
+    about_photos = {name: photos[name].to_numpy()[described] for name in ("pid", "image_id")}
     return Evaluation(
         text_to_image=DataFrame(about | {"hard": hard} | {name: value.numpy() for name, value in found.items()}),
         image_to_text=DataFrame(about_photos | {name: value.numpy() for name, value in back.items()}),
@@ -188,7 +191,7 @@ def readable(table: DataFrame) -> DataFrame:
 
 
 def encode_images(
-    model, pixels: np.ndarray, *, batch_size: int = 256, precision: str = "auto", progress=None
+    model, pixels: Any, *, batch_size: int = 256, precision: str = "auto", progress=None
 ) -> Float[Tensor, "n dim"]:
     """L2-normalised float32 features, on the CPU, of decoded photos (uint8 [N, 3, H, W])."""
     device = next(model.parameters()).device
@@ -205,9 +208,7 @@ def encode_texts(
 ) -> Float[Tensor, "n dim"]:
     """L2-normalised float32 features, on the CPU, of sentences."""
     device = next(model.parameters()).device
-    tokens = tokenize(
-        list(captions) or [""], length=model.clip.context_length
-    )  # of no sentences, features of the right width
+    tokens = tokenize(list(captions) or [""], length=length_of(model))  # of no sentences, features of the right width
     order = (tokens != 0).sum(1).argsort(stable=True)  # captions of one length together: little padding to compute
 
     def encode(start: int) -> Tensor:

@@ -24,7 +24,7 @@ from PIL import Image
 
 from irra_core.annotations import load_annotations, photo_table
 from irra_core.recipes import Recipe
-from irra_core.settings import SMOKE_IDENTITIES, cache_root, cores, data_root, progress_bar, smoke
+from irra_core.settings import SMOKE_IDENTITIES, array_limit, cache_root, cores, data_root, progress_bar, smoke
 
 VERSION = 2  # of what decoding does to a picture and of the digest: arrays of another version are not used
 AHEAD = 32  # images per core that may wait in memory to be written: 5 MB at 384×128
@@ -49,11 +49,12 @@ class UnreadableImages(ValueError):
 class ImageArray(NamedTuple):
     """Decoded images: `pixels` are memory-mapped and read-only; indexing checks each image at its first reading.
 
+    Above `array_limit` they are `datasets.streaming.StreamedPixels`, which decode what is indexed.
     `digest` is the SHA-256, in hex, of the files' bytes, in their order, and of the array's shape and version: the
     files' folder and times do not matter. `unreadable` is path → reason of the files that have no row in `pixels`.
     """
 
-    pixels: UInt8[np.ndarray, "n 3 h w"]
+    pixels: UInt8[Any, "n 3 h w"]
     digest: str
     unreadable: dict[str, str]
 
@@ -145,6 +146,10 @@ def readable_images(
     files, size, folder = [os.path.abspath(path) for path in paths], (height, width), cache_root() / "images"
     if not files:
         raise ValueError("image_array got no paths: an array of no images has no use")
+    if 3 * math.prod(size) * len(files) > array_limit():
+        from irra_core.datasets.streaming import streamed
+
+        return streamed(files, size)
     asked = (folder, size, *files)
     if asked in _opened:
         return _opened[asked]
@@ -175,10 +180,12 @@ def _remedy(error: OSError, key: str) -> str:
 
 def _key(files: list[str], size: tuple[int, int]) -> str:
     """The name of the files' array, from their paths, sizes and times."""
+    from irra_core.datasets.members import stat_photo
+
     digest = hashlib.blake2b(f"{VERSION} {size[0]} {size[1]}".encode(), digest_size=16)
     for file in files:
         try:
-            found = os.stat(file)
+            found = stat_photo(file)
             about = f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"  # the last cannot be set
         except (OSError, ValueError):  # ValueError: a NUL in the path
             about = "absent"
@@ -282,10 +289,12 @@ def _write(
 Decoded = tuple[UInt8[np.ndarray, "3 h w"], bytes]  # a photo in the size asked for, the SHA-256 of its file's bytes
 
 
-def decode_images(files: list[str], height: int, width: int) -> Iterator[Decoded | str]:
+def decode_images(files: list[str], height: int, width: int, threads: int | None = None) -> Iterator[Decoded | str]:
     """Each file's pixels and its SHA-256, or the reason why it cannot be read, in their order; on all cores."""
-    many = AHEAD * cores()
-    with ThreadPoolExecutor(cores()) as pool:  # threads: Pillow decodes and resizes without the interpreter's lock
+    many = AHEAD * (threads or cores())
+    with ThreadPoolExecutor(
+        threads or cores()
+    ) as pool:  # threads: Pillow decodes and resizes without the interpreter's lock
         for start in range(0, len(files), many):
             yield from pool.map(lambda file: _decode(file, height, width), files[start : start + many])
 

@@ -13,9 +13,7 @@ from typing import Any, get_args
 from irra_core.settings import SMOKE_IDENTITIES, SMOKE_STEPS, find_file, short, smoke, unknown
 
 LOSS_NAMES = ("sdm", "itc", "cmpm", "cmpc", "tal", "ibm", "nitc", "ritc", "tse", "id", "mlm")
-ALIGNING = tuple(
-    name for name in LOSS_NAMES if name not in ("cmpc", "tse", "id", "mlm")
-)  # bring caption and photo together
+ALIGNING = tuple(name for name in LOSS_NAMES if name not in ("cmpc", "tse", "id", "mlm"))  # pair caption and photo
 USED_BY = {  # fields that only some losses read; changing one without its losses is an error
     "interaction": ("mlm",),
     "interaction_depth": ("mlm",),
@@ -31,6 +29,7 @@ PLAIN = {"pretrained": "none", "pretrained_towers": "both"} | NEUTRAL  # random 
 NEUTRAL |= {"text_length": 77}  # not in PLAIN: the untrained model reads as much as the trained one
 NEUTRAL |= {"learned_temperature": False, "token_selection": "last", "word_augmentation": 0.0, "word_deletion": 0.0}
 NEUTRAL |= {"shuffled_captions": 0.0, "sampler": "shuffle", "per_identity": 4}
+OWN_DATA = (".json", ".csv", ".parquet", ".arrow", ".tar")  # files of your own; folders hold those from .parquet on
 LEAST_HALF_EPS = 1e-4  # for fp16, whose second moments of small gradients are 0: steps grow with 1 / adam_eps
 BOUNDS = {  # how a field's numbers can be bounded: the comparison and its words
     "least": (operator.ge, "at least"),
@@ -117,9 +116,7 @@ class Recipe:
     image_height: int = _number(384, "paper, pixels", least=8)
     image_width: int = _number(128, "paper, pixels", least=8)
     stride: int = _number(16, "paper: the patch size, as for every backbone; smaller strides overlap, pixels", least=1)
-    text_length: int = _number(
-        77, "CLIP: tokens of a caption that are read; more stretch its positions", least=77, most=512
-    )
+    text_length: int = _number(77, "CLIP: tokens of a caption; more stretch its positions", least=77, most=512)
     losses: str = _number("sdm+id+mlm", f"paper; joined by plus signs from {', '.join(LOSS_NAMES)}")
     interaction: str = _number("cross", "paper: one cross-attention, then blocks", ("cross", "co", "merged"))
     interaction_depth: int = _number(4, "paper: transformer blocks", least=1)
@@ -220,7 +217,7 @@ def recipe(dataset: str = "synthetic", *, _smoke: bool | None = None, **override
     given = _accepted(given | {"dataset": dataset})  # an unknown name is refused whatever its value
     if dataset not in RECIPES and own_file(dataset) is None:
         error = unknown("data set", dataset, RECIPES)
-        raise ValueError(f"{error}, or the path of an annotation file (.json, .csv, .parquet) that exists")
+        raise ValueError(f"{error}, or the path of an annotation file ({', '.join(OWN_DATA)}) or folder that exists")
     usual = _usual(dataset, given.get("backbone"), given.get("pretrained"), given.get("preset", "paper"))
     values = {name: value for name, (value, _) in usual.items()} | given
     if smoke() if _smoke is None else _smoke:
@@ -307,8 +304,11 @@ def _checked(item: dataclasses.Field, value: Any) -> Any:
 
 
 def own_file(dataset: str) -> Path | None:
-    """The annotation file of own data; None for another name, and where there is no such file."""
-    return find_file(dataset) if Path(dataset).suffix.lower() in (".json", ".csv", ".parquet") else None
+    """The annotation file of own data, or the folder of its Arrow, Parquet or tar files; None without either."""
+    if Path(dataset).suffix.lower() in OWN_DATA:
+        return find_file(dataset)
+    folder = find_file(dataset, Path.is_dir) if dataset else None
+    return folder if folder and any(file.suffix in OWN_DATA[2:] for file in folder.iterdir()) else None
 
 
 def _check_backbone(recipe: Recipe) -> None:

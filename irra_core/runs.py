@@ -19,7 +19,7 @@ from irra_core.annotations import photo_table, table_digest
 from irra_core.backbone import GENERAL
 from irra_core.checkpoints import replaced
 from irra_core.images import image_array
-from irra_core.recipes import NEUTRAL, RECIPES, Recipe, own_file, read_recipe
+from irra_core.recipes import NEUTRAL, OWN_DATA, RECIPES, Recipe, own_file, read_recipe
 from irra_core.settings import progress_bar, reports_root, smoke
 
 FORMAT = 1  # of what a run folder keeps; a run with another is made again
@@ -42,7 +42,9 @@ def dataset_name(dataset: str) -> str:
     if dataset in RECIPES:
         return dataset
     path = own_file(dataset)
-    return f"{path.stem[:60]}-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
+    sizes = sorted((file.name, file.stat().st_size) for file in (path.iterdir() if path.is_dir() else [path]))
+    content = path.read_bytes() if path.suffix.lower() in OWN_DATA[:3] else repr(sizes).encode()  # of photos: too much
+    return f"{path.stem[:60]}-{hashlib.sha256(content).hexdigest()[:8]}"
 
 
 def run_name(recipe: Recipe) -> str:

@@ -1,6 +1,7 @@
 """The environment → folders, cores, smoke mode; names that load on first use. Imports nothing but the standard library.
 
-Every environment variable of the library is read here: IRRA_DATA, IRRA_REPORTS, IRRA_CACHE and IRRA_SMOKE.
+Every environment variable of the library is read here: IRRA_DATA, IRRA_REPORTS, IRRA_CACHE,
+IRRA_ARRAY_GB and IRRA_SMOKE.
 """
 
 import difflib
@@ -35,11 +36,14 @@ def reports_root(given: str | Path | None = None) -> Path:
     return project_root() / Path(given or os.environ.get("IRRA_REPORTS") or "reports").expanduser()
 
 
-def find_file(name: str) -> Path | None:
-    """The absolute path of a file named from the working directory or else from the project's root; None without it."""
+def find_file(name: str, kind: Callable[[Path], bool] = Path.is_file) -> Path | None:
+    """The absolute path of a file named from the working directory or else from the project's root; None without it.
+
+    `kind` is Path.is_dir for a folder.
+    """
     for folder in (Path.cwd(), project_root()):
         try:
-            if (folder / name).is_file():
+            if kind(folder / name):
                 return (folder / name).resolve()
         except OSError:  # such as a name that is too long for a file
             continue
@@ -56,6 +60,15 @@ def cache_root() -> Path:
         if (found := user_cache_path("irra-core", appauthor=False)).is_absolute():
             return found
     raise OSError("this user has no home folder for the cache: set IRRA_CACHE to a folder")
+
+
+def array_limit() -> float:
+    """Bytes up to which photos are decoded into an array on the disk: IRRA_ARRAY_GB in gigabytes, else no limit."""
+    given = os.environ.get("IRRA_ARRAY_GB") or "inf"
+    try:
+        return float(given) * 1e9
+    except ValueError:
+        raise ValueError(f"IRRA_ARRAY_GB is {short(given)}: accepted is a number of gigabytes, such as 50") from None
 
 
 def cores() -> int:

@@ -40,6 +40,11 @@ def whole_characters(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
+def length_of(model: object) -> int:
+    """How many tokens of a caption a model reads: CONTEXT, unless its CLIP has another context_length."""
+    return getattr(getattr(model, "clip", None), "context_length", CONTEXT)
+
+
 def tokenize(captions: Iterable[str], mask: str = "[MASK]", length: int = CONTEXT) -> Int[Tensor, "n {length}"]:
     """CLIP's token ids of each caption: start, words, end, padding 0; a caption that is too long keeps its end token.
 

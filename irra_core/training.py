@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -173,9 +172,7 @@ def named_parts(numbers: Float[Tensor, " numbers"], recipe: Recipe) -> dict[str,
 class _Run:
     """The state of one training: model, optimiser, batches and progress."""
 
-    def __init__(
-        self, recipe: Recipe, annotations: DataFrame, pixels: np.ndarray, folder: Path, progress, team: Team = ALONE
-    ):
+    def __init__(self, recipe: Recipe, annotations: DataFrame, pixels: Any, folder: Path, progress, team: Team = ALONE):
         from irra_core.scale.compiled import compile_blocks
         from irra_core.scale.machine import forget_peak
         from irra_core.scale.precision import half_weights

@@ -292,7 +292,7 @@ BAD_RECORDS = {
     "one caption": ({"captions": ..., "caption": "a man"}, "is it 'caption'?"),
     "no id": ({"id": ...}, "field 'id' is missing"),
     "captions that are a text": ({"captions": "a man"}, r"captions is 'a man' \(str\): expected is a list"),
-    "an empty list of captions": ({"captions": []}, "captions is empty"),
+    "an empty list of captions": ({"captions": [], "split": "train"}, "captions is empty"),
     "a caption that is null": ({"captions": ["fine", None]}, r"caption is None"),
     "a caption that is a list": ({"captions": [["a", "man"]]}, r"caption is \['a', 'man'\] \(list\)"),
     "a caption with NUL": ({"captions": ["a\0man"]}, r"caption 'a\\x00man' \(str\) holds a NUL"),

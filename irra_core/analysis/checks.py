@@ -1,13 +1,16 @@
 """A table and its image files → findings: errors, warnings and notes about the data."""
 
 import os
+import stat
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from pandas import DataFrame
 
 from irra_core.annotations import SPLITS, common_folder
+from irra_core.datasets.members import exists, stat_photo
 from irra_core.datasets.photos import read_photo
 from irra_core.images import left_out
 
@@ -27,6 +30,12 @@ PUBLISHED_COUNTS: dict[str, dict[str, dict[str, int]]] = {
         "val": {"images": 1000, "captions": 2000, "identities": 200},
         "test": {"images": 1000, "captions": 2000, "identities": 200},
     },
+    # Read by the path of their annotation file, which is recognised by its name.
+    "UFine6926": {
+        "train": {"images": 18577, "captions": 37154, "identities": 4926},
+        "test": {"images": 7629, "captions": 15258, "identities": 2000},
+    },
+    "UFine3C": {"test": {"images": 7446, "captions": 37939, "identities": 2250}},
 }
 
 
@@ -34,8 +43,8 @@ def check_annotations(annotations: DataFrame, dataset: str | None = None, read_i
     """All findings about the table and its image files, the worst first: `severity, finding, where, count`.
 
     `severity` is "error" (a run would fail or its result be wrong), "warning" (look at it) or "note"; `where` names
-    the first cases, `count` is the number of all. With the name of a real data set, its sizes are compared with
-    PUBLISHED_COUNTS. `read_images=False` checks that the files exist without decoding them: on a network disk that
+    the first cases, `count` is the number of all. With the name or the file of a real data set, its sizes are compared
+    with PUBLISHED_COUNTS. `read_images=False` checks that the files exist without decoding them: on a network disk that
     saves minutes.
     """
     findings = [
@@ -109,11 +118,12 @@ def _led_out(paths: list[str]) -> list[str]:
 
 def _look(path: str) -> tuple[str | None, None]:
     """The fault of a file that is missing, not regular or empty (None: no fault), and no digest."""
-    if not os.path.exists(path):
+    if not exists(path):
         return "missing", None
-    if not os.path.isfile(path):
+    about = stat_photo(path)
+    if not stat.S_ISREG(about.st_mode):
         return "is no regular file", None
-    return (None if os.path.getsize(path) else "0 bytes"), None
+    return (None if about.st_size else "0 bytes"), None
 
 
 def _examine(path: str) -> tuple[str | None, bytes | None]:
@@ -127,17 +137,23 @@ def _examine(path: str) -> tuple[str | None, bytes | None]:
 
 def _count_findings(annotations: DataFrame, dataset: str | None) -> Iterable[tuple[str, str, str, int]]:
     """Findings about sizes that differ from the published sizes."""
-    if dataset not in PUBLISHED_COUNTS:
+    if not (sizes := published_counts(dataset)):
         return
     counts = count_splits(annotations)
     different = []
-    for split, published in PUBLISHED_COUNTS[dataset].items():
+    for split, published in sizes.items():
         for what, number in published.items():
             here = int(counts.loc[split, what]) if split in counts.index else 0
             if here != number:
                 different.append(f"{split} {what}: {here:,}, published {number:,}")
     yield _finding("warning", f"sizes differ from those published of {dataset}", different)
     yield _finding("note", f"sizes are those published of {dataset}", [] if different else list(counts.index))
+
+
+def published_counts(dataset: str | None) -> dict[str, dict[str, int]]:
+    """Split → images, captions and identities of a data set, by its name or its file's; empty where none are known."""
+    names = {name.lower(): name for name in PUBLISHED_COUNTS}
+    return PUBLISHED_COUNTS.get(names.get(Path(dataset or "").stem.lower(), ""), {})
 
 
 def count_splits(annotations: DataFrame) -> DataFrame:

@@ -16,7 +16,7 @@ from irra_core.interaction import CrossEncoder
 from irra_core.model import IRRA
 from irra_core.synthetic.captions import things_named
 from irra_core.synthetic.people import attributes
-from irra_core.text import END_ID, MASK_ID, START_ID, detokenize_words, tokenize, trim
+from irra_core.text import END_ID, MASK_ID, START_ID, detokenize_words, length_of, tokenize, trim
 from irra_core.transformer import attend
 
 CHUNK = 128  # captions per forward pass
@@ -45,7 +45,7 @@ def explain(
     counts as 0. This takes 48 passes per photo, so `looked_at` selects the rows of images that get a map (None: all).
     """
     device = next(model.parameters()).device
-    (tokens,) = trim(tokenize([text], length=model.clip.context_length))
+    (tokens,) = trim(tokenize([text], length=length_of(model)))
     words = detokenize_words(tokens[0])
     images, asked = moved(images, device), moved(torch.cat([tokens, _without_each(tokens[0], words)]), device)
     texts = F.normalize(model.encode_text(asked), dim=1)
@@ -100,7 +100,7 @@ def fill_masks(model: IRRA, images: Float[Tensor, "photos 3 height width"], text
     sentence without mask. Raises ValueError for a model without MLM.
     """
     device = next(model.parameters()).device
-    (tokens,) = trim(tokenize([text], length=model.clip.context_length))
+    (tokens,) = trim(tokenize([text], length=length_of(model)))
     positions = (tokens[0] == MASK_ID).nonzero().flatten() if "[MASK]" in text else torch.empty(0)
     rows = []
     if len(positions):
@@ -190,7 +190,7 @@ def _read(model: IRRA, annotations: DataFrame) -> Iterator[tuple[DataFrame, Tens
     for start in range(0, len(annotations), CHUNK):
         chunk = annotations.iloc[start : start + CHUNK]
         shown = torch.from_numpy(pixels[[row_of[image] for image in chunk["image_id"]]])
-        (tokens,) = trim(tokenize(list(chunk["caption"]), length=model.clip.context_length))
+        (tokens,) = trim(tokenize(list(chunk["caption"]), length=length_of(model)))
         yield chunk, normalise(moved(shown, device)), tokens
 
 
@@ -219,7 +219,7 @@ def word_evidence(model: IRRA, annotations: DataFrame, others: int = 8, seed: in
         own = np.flatnonzero(photos["image_id"] == caption.image_id)
         strangers = draw.choice(np.flatnonzero(photos["pid"] != caption.pid), others)
         images = normalise(moved(torch.from_numpy(pixels[[*own, *strangers]]), device))
-        (tokens,) = trim(tokenize([caption.caption], length=model.clip.context_length))
+        (tokens,) = trim(tokenize([caption.caption], length=length_of(model)))
         named = [item for item in named_words(tokens[0]) if len(item[3]) == 1]
         chances = _chances(model, images, tokens[0], [positions[0] for *_, positions in named])
         for (thing, kind, word, (position,)), chance in zip(named, chances, strict=True):

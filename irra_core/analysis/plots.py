@@ -57,7 +57,8 @@ def people(annotations: DataFrame, *, n: int = 6, views: int = 2, seed: int = 0,
     wide = len(pids) * step - 0.5
     letters = int(_inches(ax) * views / wide / (9 * LETTER))
     captions = [
-        _wrap(text, letters, most=10) for text in shown.drop_duplicates("pid").set_index("pid")["caption"][pids]
+        _wrap(text, letters, most=10)
+        for text in shown.drop_duplicates("pid").set_index("pid")["caption"].fillna("")[pids]
     ]
     ax = _picture_axes(ax, wide, 0.0, tall, 0.4 + 0.18 * max(text.count("\n") + 1 for text in captions))
     for place, (pid, caption) in enumerate(zip(pids, captions, strict=True)):

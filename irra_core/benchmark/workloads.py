@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import functools
+import itertools
 import math
 import os
 import subprocess
@@ -543,17 +544,30 @@ def loading(bench: Bench) -> list[Row]:
         "data": lambda: [batches.at(step) for step in range(count)],
         "step": lambda: optimise(objective, optimiser, batches.at(0)),
     }
+    with _environment(IRRA_ARRAY_GB="0"):
+        files = image_array(list(photo_table(annotations).path), chosen.image_height, chosen.image_width).pixels
+    streamed, steps = Batches(train, files, batches.tokens, chosen, bench.device), itertools.count()
+    calls["streamed"] = lambda: [streamed.at(next(steps)) for _ in range(count)]
     their_rates: list[float] = []
     if bench.code:
         calls["released"] = lambda: their_rates.append(_loader_rate(bench, annotations, chosen, count))
     seconds = interleave(calls, bench.repeats, bench.device)
     rate, share = [], []
+    background = [count * chosen.batch_size / value for value in seconds["streamed"]]
     for data, step in zip(seconds["data"], seconds["step"]):
         rate.append(count * chosen.batch_size / data)
         share.append(100 * data / count / step)
     what = f"training batches of {chosen.batch_size}"
     return [
         Row(work="loader", what=what, unit="photos/s", ours=rate, other=their_rates[1:] or None),
+        Row(
+            work="loader",
+            what=f"{what}, photos decoded in the background (IRRA_ARRAY_GB)",
+            unit="photos/s",
+            ours=background,
+            other=rate,
+            other_name="the decoded array",
+        ),
         Row(
             work="loader",
             what="a training step waits for its data",

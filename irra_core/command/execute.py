@@ -8,7 +8,7 @@ from irra_core.command.notebooks import notebook
 from irra_core.settings import reports_root, smoke
 
 STUDIES = {  # study → its notebook, and the parameter that chooses it there
-    **{name: ("ablation", ["-p", "study", name]) for name in ("rq1", "rq2", "rq3", "rq4", "plugins", "noise")},
+    **{name: ("ablation", ["-p", "study", name]) for name in ("rq1", "rq2", "rq3", "rq4")},
     "rq5": ("transfer", []),
     "released": ("released_vs_paper", []),
     "attention": ("attention", []),

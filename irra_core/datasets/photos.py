@@ -13,6 +13,8 @@ import PIL
 from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
+from irra_core.datasets.members import member
+
 # Pillow's other readers are left out: some start other programs (EPS), none is a photo's format.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 # One photo takes at most 300 MB and 3 s of one thread: the bounds below leave a part of both for resizing.
@@ -44,13 +46,8 @@ def read_photo(file: str, least: tuple[int, int] | None = None) -> Photo | str:
     """
     content = b""
     try:
-        found = os.stat(file)
-        if not stat.S_ISREG(found.st_mode):  # reading a pipe would never end
-            return "is no regular file"
-        if found.st_size > MAX_BYTES:
-            return f"has {found.st_size:,} bytes, at most {MAX_BYTES:,} are read: save it smaller"
-        with open(file, "rb", buffering=0) as opened:  # half the time of Path.read_bytes
-            content = opened.read()
+        if isinstance(content := _content(file), str):
+            return content
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.mode == "F":
                 return "has floating-point pixels of no known range: save it with 8 bits a channel"
@@ -74,6 +71,19 @@ def read_photo(file: str, least: tuple[int, int] | None = None) -> Photo | str:
         )
     except Exception as error:  # a broken file makes Pillow raise almost anything
         return _reason(getattr(error, "strerror", None) or str(error) or type(error).__name__, file)
+
+
+def _content(file: str) -> bytes | str:
+    """The bytes of a photo, in a file of its own or inside another one, or the reason why they are not read."""
+    if (found := member(file, MAX_BYTES)) is not None:
+        return found
+    about = os.stat(file)
+    if not stat.S_ISREG(about.st_mode):  # reading a pipe would never end
+        return "is no regular file"
+    if about.st_size > MAX_BYTES:
+        return f"has {about.st_size:,} bytes, at most {MAX_BYTES:,} are read: save it smaller"
+    with open(file, "rb", buffering=0) as opened:  # half the time of Path.read_bytes
+        return opened.read()
 
 
 def _reason(reason: str, file: str) -> str:

@@ -26,7 +26,7 @@ from irra_core.metrics import query_metrics
 from irra_core.recipes import recipe
 from irra_core.runs import write_text
 from irra_core.settings import reports_root
-from irra_core.text import END_ID, MASK_ID, detokenize_words, tokenize, whole_characters
+from irra_core.text import END_ID, MASK_ID, detokenize_words, length_of, tokenize, whole_characters
 
 THUMBNAIL = (192, 288)  # pixels: twice the size on the page, for high-resolution screens
 LONGEST = 5000  # characters of a query: ten times as many as the model reads
@@ -168,7 +168,9 @@ class QueryExplorer(anywidget.AnyWidget):
             cards = [_card(row) for row in table.head(self.k).itertuples()]
             self._note_moves(name, gallery, cards)
             strips.append({"name": name, "standing": self._standing(table), "cards": cards})
-        tokens = tokenize([text], length=max(read.model.clip.context_length for read in self._galleries.values()))
+        tokens = tokenize(
+            [text], length=max(length_of(getattr(each, "model", None)) for each in self._galleries.values())
+        )
         if _is_cut(text, tokens):
             self.note = "This is longer than the model can read: it reads the words below and ignores the rest."
         words = [word for word, _ in detokenize_words(tokens[0])]
@@ -302,7 +304,8 @@ def _known(gallery, annotations: DataFrame | None) -> DataFrame:
     """The sentences of people who are in the gallery; for others the right photo is unknown."""
     if annotations is None or "pid" not in gallery.images:
         return DataFrame({"pid": [], "path": [], "caption": []}).astype({"path": str, "caption": str})
-    return annotations[annotations["pid"].isin(gallery.images["pid"].dropna().unique())].reset_index(drop=True)
+    found = annotations["pid"].isin(gallery.images["pid"].dropna().unique())
+    return annotations[found].dropna(subset="caption").reset_index(drop=True)
 
 
 def _examples(annotations: DataFrame, n: int) -> list[str]:

@@ -10,7 +10,7 @@ from irra_core.batches import masked_places
 from irra_core.evaluation import scoring
 from irra_core.images import UnreadableImages, decoded_array
 from irra_core.objective import autocast
-from irra_core.text import MASK_ID, detokenize_words, tokenize
+from irra_core.text import MASK_ID, detokenize_words, length_of, tokenize
 
 CANDIDATES = {"reciprocal": 100, "words": 20}  # best photos of a query that are re-ranked
 NEIGHBOURS, EXPANDED = 6, 2  # k1, k2; Zhong et al.: 20, 6 for data with more photos per person, see reciprocal_scores
@@ -113,7 +113,7 @@ def word_scores(
     """
     if model.interaction is None:
         raise ValueError("rerank 'words' needs the interaction encoder, which this model lacks: train with +mlm")
-    masked, labels = hidden_words(tokenize([text], length=model.clip.context_length)[0])
+    masked, labels = hidden_words(tokenize([text], length=length_of(model))[0])
     if not len(masked):
         return cosines
     images = normalise(moved(torch.from_numpy(pixels), next(model.parameters()).device))

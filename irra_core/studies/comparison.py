@@ -122,7 +122,7 @@ def hard_queries(annotations: DataFrame, made: Recipe, share: float = 0.1) -> Bo
     Of rendered people those whose person has a near-twin. Of others the given share that resembles a caption of another
     test person most: the largest cosine of their words, each weighted by log(captions / captions that hold it).
     """
-    test = annotations[annotations.split == "test"].reset_index(drop=True)
+    test = annotations[annotations.split == "test"].dropna(subset="caption").reset_index(drop=True)
     if is_rendered(annotations, made):
         return np.isin(test.pid.to_numpy(), list(twin_pids(annotations, made)))
     likeness = _likeness(list(test.caption), test.pid.to_numpy())

@@ -123,7 +123,7 @@ def paper_sized(dataset: str) -> pd.DataFrame:
     return table.assign(path="/nowhere/imgs/a.png", caption="caption " + table.index.astype(str))
 
 
-@pytest.mark.parametrize("dataset", PUBLISHED_COUNTS)
+@pytest.mark.parametrize("dataset", QUIRKS)
 def test_sizes_are_compared_with_the_published_ones(dataset):
     table = paper_sized(dataset)
     found = findings(table, dataset=dataset, read_images=False)
@@ -139,7 +139,10 @@ def test_sizes_are_compared_with_the_published_ones(dataset):
 
 
 def test_published_counts_are_those_of_the_papers():
-    assert set(PUBLISHED_COUNTS) == set(QUIRKS)
+    assert set(PUBLISHED_COUNTS) == {*QUIRKS, "UFine6926", "UFine3C"}
+    ufine = PUBLISHED_COUNTS["UFine6926"].values()
+    totals = [sum(counts[what] for counts in ufine) for what in ("images", "captions", "identities")]
+    assert totals == [26_206, 52_412, 6_926]
     assert sum(counts["images"] for counts in PUBLISHED_COUNTS["cuhk"].values()) == 40_206
     assert sum(counts["identities"] for counts in PUBLISHED_COUNTS["cuhk"].values()) == 13_003
     assert sum(counts["images"] for counts in PUBLISHED_COUNTS["icfg"].values()) == 54_522
@@ -158,3 +161,11 @@ def test_splits_are_counted_as_sets_are(tmp_path):
         assert row["captions"] == sum(len(record["captions"]) for record in rows)
         assert row["images"] == len({record["file_path"] for record in rows})
         assert row["identities"] == len({record["id"] for record in rows})
+
+
+def test_the_sizes_of_a_set_without_a_name_are_found_by_its_file(tmp_path):
+    table = paper_sized("UFine3C")
+    found = findings(table, dataset=str(tmp_path / "ufine3c.json"), read_images=False)
+    assert any(finding.startswith("sizes are those published of") for finding in found)
+    found = findings(table.iloc[1:], dataset=str(tmp_path / "UFine3C.json"), read_images=False)
+    assert any("test captions: 37,938, published 37,939" in where for _, where, _ in found.values())

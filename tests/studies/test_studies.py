@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import nbformat
-import numpy as np
 import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_notebook
@@ -14,7 +13,6 @@ from pandas import DataFrame
 
 import irra_core as irra
 from irra_core import runs
-from irra_core.batches import Batches
 from irra_core.recipes import PRESETS
 from irra_core.studies import grid as studies
 from irra_core.studies.comparison import compare, verdict
@@ -40,18 +38,8 @@ def test_variants_of_one_study_are_different_runs_and_studies_share_theirs():
     made = {name: set(plan(name, seeds=1).recipe) for name in STUDIES}
     assert all(len(made[name]) == len(STUDIES[name].variants) for name in STUDIES)
     full = irra.recipe(preset="study")
-    assert [name for name in STUDIES if full in made[name]] == ["rq1", "rq3", "rq4", "released", "plugins", "noise"]
+    assert [name for name in STUDIES if full in made[name]] == ["rq1", "rq3", "rq4", "released"]
     assert len(set().union(*made.values())) < sum(map(len, made.values()))
-
-
-@pytest.mark.parametrize("sampler", [{}, {"sampler": "identity", "per_identity": 4}])
-def test_the_steps_that_are_estimated_are_those_of_the_batches(annotations, sampler):
-    few = annotations[annotations.image_id > 0]  # one train person has a caption less
-    made = irra.recipe(batch_size=8, select_on="last", epochs=3, **sampler)
-    train = few[few.split == "train"].reset_index(drop=True)
-    pixels = np.zeros((36, 3, 96, 32), np.uint8)
-    batches = Batches(train, pixels, irra.tokenize(train.caption), made)
-    assert studies._steps(made, few) == 3 * batches.steps_per_epoch
 
 
 def test_each_departure_of_the_released_code_is_one_switch_on_the_papers_recipe():

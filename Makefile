@@ -3,21 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 UV := uv==0.13.9
 REPORTS := $(or $(IRRA_REPORTS),reports)
-LATEST := $(REPORTS)$(if $(filter-out 0,$(IRRA_SMOKE)),/smoke)/latest
 BENCH := $(REPORTS)$(if $(filter-out 0,$(IRRA_SMOKE)),/smoke)/benchmark
 ARGS ?=
 DATASET ?=
 
 .PHONY: train pretrain test test-long lab lock lint notebooks report studies explorer bench bench-explorer browser
 
-train: .venv/ready  ## trains on the default data set; ARGS="-p dataset rstp -p epochs 1" goes to papermill
-	@mkdir -p "$(REPORTS)"
-	$(BIN)/papermill notebooks/train.ipynb "$(REPORTS)/.train.ipynb" $(ARGS)
-	@mv "$(REPORTS)/.train.ipynb" "$(LATEST)/train.ipynb"
-	@$(BIN)/jupyter nbconvert --log-level WARN --to html "$(LATEST)/train.ipynb"
-	@$(BIN)/python -c "import sys, irra_core as irra; print(irra.runs.summary(sys.argv[1]))" "$(LATEST)"
-	@echo "      notebook: $$(realpath "$(LATEST)")/train.ipynb"
-	@echo "          html: $$(realpath "$(LATEST)")/train.html"
+train: .venv/ready  ## trains on the default data set; ARGS="-p dataset rstp -p epochs 1" goes to irra train
+	@$(BIN)/irra train $(ARGS)
 
 pretrain: .venv/ready  ## makes the small CLIP's shipped weights again: renders, trains for about an hour, resumes after a kill
 	$(BIN)/python -m irra_core.synthetic.pretraining
@@ -41,26 +34,23 @@ notebooks: .venv/milvus  ## every notebook, shrunken, cell by cell; then one as 
 	IRRA_SMOKE=1 $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 notebooks
 	cd notebooks && IRRA_SMOKE=1 ../$(BIN)/papermill --no-progress-bar train.ipynb ../reports/smoke/out.ipynb -p seed 1
 
-studies: .venv/ready  ## the paper's five questions, then the page of results; ARGS="-p size small -p workers 2" goes to papermill, DATASET=rstp takes real data
+studies: .venv/ready  ## the paper's five questions, then the page of results; ARGS="-p size small -p workers 2" goes to irra study, DATASET=rstp takes real data
 	@for study in rq1 rq2 rq3 rq4 released; do \
-		$(BIN)/irra study $$study $(if $(DATASET),-p dataset $(DATASET)) $(ARGS) || exit 1; \
+		$(BIN)/irra study $$study $(if $(DATASET),-p dataset $(DATASET)) $(ARGS) || exit; \
 	done
-	$(BIN)/irra study rq5 $(ARGS)
-	for notebook in attention similarity; do \
-		$(BIN)/irra study $$notebook $(if $(DATASET),-p dataset $(DATASET)) || exit 1; \
-	done
+	@$(BIN)/irra study rq5 $(ARGS)
+	@for study in attention similarity; do $(BIN)/irra study $$study $(if $(DATASET),-p dataset $(DATASET)) || exit; done
 	@$(BIN)/python -m irra_core.studies.verdicts $(if $(findstring size small,$(ARGS)),small)
 	@$(MAKE) report
 
 report: .venv/ready  ## every finished run and study on one page, index.html in the reports folder
-	@$(BIN)/python -c "import irra_core as irra; print(irra.report.write_report())"
+	@$(BIN)/irra report
 
 lab: .venv/ready  ## JupyterLab in the notebooks folder
 	$(BIN)/jupyter lab --notebook-dir=.
 
 explorer: .venv/ready  ## serves the explorer without its code, on this machine only, to who has the token; it loads nothing from elsewhere
-	$(BIN)/voila notebooks/explorer.ipynb --Voila.ip=127.0.0.1 --token \
-		--Voila.tornado_settings='{"headers": {"Content-Security-Policy": "default-src '\''self'\'' '\''unsafe-inline'\'' '\''unsafe-eval'\'' data: blob:"}}'
+	@$(BIN)/irra explore $(ARGS)
 
 bench: .venv/ready  ## times training, evaluation and loading; ARGS="-p official /path/to/IRRA" runs the released code beside it
 	@mkdir -p "$(BENCH)"

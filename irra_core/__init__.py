@@ -10,6 +10,7 @@ _HOMES = {  # module below irra_core: the names that it gives
     "settings": "settings",
     "recipes": "recipe Recipe RECIPES PRESETS recipes",
     "notebook": "notebook_parameters notebook",
+    "scale.progress": "progress",
     "annotations": "load_annotations annotations",
     "analysis.checks": "check_annotations",
     "synthetic": "make_synthetic synthetic_ceiling synthetic",

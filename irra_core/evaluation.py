@@ -200,7 +200,7 @@ def encode_images(
         chunk = torch.from_numpy(np.require(pixels[start : start + batch_size], requirements=["W", "E"]))
         return model.encode_image(normalise(moved(chunk, device)))
 
-    return _encoded(model, encode, len(pixels), batch_size, precision, progress, "photos")
+    return _encoded(model, encode, len(pixels), batch_size, precision, progress, "photo")
 
 
 def encode_texts(
@@ -215,7 +215,7 @@ def encode_texts(
         (chunk,) = trim(tokens[order[start : start + batch_size]], device=device)
         return model.encode_text(moved(chunk, device))
 
-    found = _encoded(model, encode, len(tokens), batch_size, precision, progress, "sentences")
+    found = _encoded(model, encode, len(tokens), batch_size, precision, progress, "caption")
     return torch.empty_like(found).index_copy_(0, order, found)[: len(captions)]
 
 
@@ -226,7 +226,7 @@ def _encoded(model, encode, count: int, batch_size: int, precision: str, progres
     """
     device = next(model.parameters()).device
     parts, before = [], None
-    shown = progress_bar(progress, total=count, unit=unit, leave=False)
+    shown = progress_bar(progress, total=count, unit=unit, desc="evaluating", leave=False)
     with shown as bar, scoring(model), torch.inference_mode(), autocast(device, precision):
         for start in range(0, max(count, 1), batch_size):  # of no rows, features of the right width
             parts.append(F.normalize(encode(start).float(), dim=1))

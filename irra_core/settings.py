@@ -5,11 +5,10 @@ IRRA_ARRAY_GB and IRRA_SMOKE.
 """
 
 import difflib
-import functools
 import importlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,18 +107,11 @@ def short(value: object) -> str:
     return shown if len(shown) <= 80 else f"{shown[:60]}… ({len(shown):,} characters)"
 
 
-@contextmanager
-def progress_bar(progress: Callable | None, **shown: Any) -> Iterator[Any]:
+def progress_bar(progress: Callable | None, **shown: Any) -> closing:
     """A bar of the tqdm-like class `progress`, opened with `shown`; without a class, one that shows nothing."""
-    if progress is None:
-        from tqdm import tqdm
+    from tqdm import tqdm
 
-        progress = functools.partial(tqdm, disable=True)
-    bar = progress(**shown)
-    try:
-        yield bar
-    finally:
-        bar.close()
+    return closing(progress(**shown) if progress else tqdm(disable=True, **shown))
 
 
 def lazily(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:

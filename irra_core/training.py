@@ -219,8 +219,8 @@ class _Run:
         If this process is killed before it is written, a resume takes the last steps again, on a CPU with the same
         result (on a GPU: docs/determinism.md).
         """
-        sums, since = 0.0, self.step
-        shown = {"total": self.total, "initial": self.step, "unit": "step", "desc": self.recipe.losses}
+        sums, since, numbers = 0.0, self.step, {}
+        shown = {"total": self.total, "initial": self.step, "unit": "step", "desc": f"training {self.recipe.losses}"}
         with self.saver, progress_bar(self.progress, **shown) as bar:
             while self.step < self.total:
                 began = time.perf_counter()
@@ -233,11 +233,14 @@ class _Run:
                 evaluates = self.step % self.every == 0 or self.step == self.total
                 if evaluates or self.step % READ_LOSSES_EVERY == 0:
                     self.check_finite()
-                    bar.set_postfix(loss=f"{sums.sum().item() / (self.step - since):.3f}", refresh=False)
+                    numbers["loss"] = f"{sums.sum().item() / (self.step - since):.3f}"
+                    bar.set_postfix(numbers, refresh=False)
                 self.seconds["training"] += time.perf_counter() - began
                 bar.update(1)
                 if evaluates:
                     row = self.evaluation_row((sums / (self.step - since)).tolist())
+                    numbers |= {name: f"{value:.1f}" for name, value in row.items() if name.endswith("_R1")}
+                    bar.set_postfix(numbers, refresh=False)
                     sums, since = 0.0, self.step
                     self.save()
                     yield row
@@ -290,7 +293,7 @@ class _Run:
         """The scores of a model on one split of this run's data."""
         began, precision = time.perf_counter(), self.recipe.precision
         shared = {"pixels": self.pixels, "hard_pids": self.hard_pids, "precision": precision, "team": self.team}
-        found = evaluate(model, self.annotations, split, **shared)
+        found = evaluate(model, self.annotations, split, progress=self.progress, **shared)
         self.seconds["evaluation"] = self.seconds.get("evaluation", 0.0) + time.perf_counter() - began
         return found
 

@@ -1,6 +1,7 @@
 """The words after `irra` → a subcommand's exit status."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,10 +18,14 @@ COMMANDS: dict[str, tuple[Any, str]] = {  # subcommand → its module, with add_
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns its exit status: 0 if it did its work, 130 if it was stopped by Ctrl-C."""
+    """Run a subcommand; returns its exit status: 0 if it did its work, 1 after an error, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="irra", description="Finds photos of a person from a description in words.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, help) in COMMANDS.items():
         module.add_arguments(commands.add_parser(name, help=help, description=f"irra {name}: {help}."))
-    given = parser.parse_args(arguments)
-    return COMMANDS[given.command][0].run(given)
+    try:
+        given = parser.parse_args(arguments)
+        return COMMANDS[given.command][0].run(given)
+    except (OSError, ValueError) as error:  # the library's sentences say what to do; its frames do not
+        print(f"irra: {error}", file=sys.stderr)
+        return 1

@@ -19,12 +19,12 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 from pandas import DataFrame
-from tqdm import tqdm
 
 from irra_core import runs
 from irra_core.batches import ALONE, Team
 from irra_core.checkpoints import replaced
 from irra_core.recipes import Recipe, check_processes
+from irra_core.scale import progress as bars
 from irra_core.scale.summary import summary
 from irra_core.settings import default_device
 
@@ -75,7 +75,7 @@ def run_process(train: Callable[..., Iterator[dict[str, Any]]], arguments: list[
     recipe, annotations = runs.load_run(given.folder)["recipe"], read_table(given.folder)
     with joined() as team, telling_errors(given.tell, team):
         check_processes(team.processes, recipe)
-        progress = (ToldBar if given.tell else tqdm) if team.leads else None
+        progress = (ToldBar if given.tell else bars.progress) if team.leads else None
         if team.leads:
             runs.begin(given.folder, recipe, runs.data_digest(annotations, recipe, progress))
         team.wait()
@@ -116,12 +116,17 @@ class ToldBar:
         self.time = 0.0
         self.shown = "leave" not in other  # the short bars of an evaluation are not shown
 
-    def set_postfix(self, refresh: bool = True, **values: Any) -> None:
-        self.state["postfix"] = values
+    def set_postfix(self, values: dict[str, Any], refresh: bool = True) -> None:
+        self.state["postfix"] = dict(values)
+        self.tell()
 
     def update(self, n: int = 1) -> None:
         self.state["n"] += n
-        if self.shown and (time.monotonic() - self.time > 0.2 or self.state["n"] == self.state["total"]):
+        if time.monotonic() - self.time > 0.2 or self.state["n"] == self.state["total"]:
+            self.tell()
+
+    def tell(self) -> None:
+        if self.shown:
             self.time = time.monotonic()
             tell("bar", self.state)
 

@@ -45,7 +45,7 @@ class Bar:
         self.n, self.total, self.desc = initial, total, desc
 
     def set_postfix(self, *values, **_):
-        assert not values or set(values[0]) <= {"loss"}
+        assert not values or set(values[0]) <= {"loss", "val_R1"}
 
     def update(self, n=1):
         self.n += n
@@ -76,7 +76,7 @@ def test_a_run_of_two_processes_stopped_and_resumed_is_the_run_of_one(annotation
     assert not runs.finished(tmp_path / "two")
     Bar.seen.clear()
     rows += list(train(recipe, odd, tmp_path / "two", Bar, processes=2))
-    assert Bar.seen[-1] == (recipe.losses, 5, 5)
+    assert Bar.seen[-1] == (f"training {recipe.losses}", 5, 5)
     assert [row["step"] for row in rows] == [row["step"] for row in one]
     for name in one[0]:
         assert [row[name] for row in rows] == pytest.approx([row[name] for row in one], rel=1e-4), name

@@ -27,8 +27,6 @@ pytestmark = pytest.mark.notebook
 ROOT = Path(__file__).parents[1]
 WAIT = 60_000  # ms, for what needs a kernel
 HOSTILE = '<script>window.hacked = 1</script> <img src=x onerror="window.hacked = 1"> a man'
-POLICY = "--Voila.tornado_settings=" + re.search(r"tornado_settings='(.*)'$", (ROOT / "Makefile").read_text(), re.M)[1]
-POLICY = POLICY.replace("'\\''", "'")  # as the shell reads it
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +121,7 @@ def served(command: list[str], base: Path, port: int):
         server = subprocess.Popen([sys.executable, "-m", *command], env=environment, stdout=log, stderr=log)
         try:
             until(lambda: server.poll() is None and reachable(port), f"{command[0]} on port {port}, see {log.name}")
-            yield
+            yield Path(log.name)
         finally:
             server.terminate()
             try:
@@ -156,7 +154,7 @@ def watched(browser, folder: Path):
     except BaseException:
         page.screenshot(path=folder / "failed.png")
         raise
-    # Voilà links icon fonts of a CDN: the policy that `make explorer` sends keeps the browser from asking for them
+    # Voilà links icon fonts of a CDN: the policy that `irra explore` sends keeps the browser from asking for them
     assert [each.url for each in requests if leaves(each.url) and each.failure != "csp"] == []
     assert dialogs == []
     assert page.evaluate("window.hacked") is None
@@ -271,23 +269,35 @@ def bears_any_text(explorer) -> None:
     assert explorer.locator(".irra-card").count() == 0
 
 
-def test_in_voila_the_same_page_is_served_without_code_to_who_has_the_token(browser, known, folder):
-    port, token = free_port(), secrets.token_hex(16)
-    address = f"http://127.0.0.1:{port}"
-    command = ["voila", "explorer.ipynb", "--no-browser", "--Voila.ip=127.0.0.1", f"--port={port}",
-               f"--Voila.token={token}", POLICY]  # fmt: skip
-    command[1] = str(folder / command[1])
-    with served(command, known["base"], port), watched(browser, known["base"]) as page:
-        with urllib.request.urlopen(address, timeout=10) as reply:
+@contextlib.contextmanager
+def explore(known, *words):
+    """`irra explore` with its port and log; gives the address with the token."""
+    port = free_port()
+    command = ["irra_core.command", "explore", *map(str, words), "--port", str(port), "--no-browser"]
+    with served(command, known["base"], port) as log:
+        yield until(lambda: re.search(r"http://127.0.0.1:\d+/\?token=\w+", log.read_text()), "an address")[0], log
+
+
+def test_irra_explore_serves_one_page_without_code_to_who_has_the_token(browser, known):
+    compared = ("--compare", known["learnt"], known["before"])
+    with explore(known, known["annotations"], *compared) as (address, log), watched(browser, known["base"]) as page:
+        with urllib.request.urlopen(address.partition("?")[0], timeout=10) as reply:
             assert urlsplit(reply.url).path == "/login"  # without the token
-        page.goto(f"{address}/?token={token}")
-        explorer = page.locator(".irra").first
+        page.goto(address)
+        explorer = page.locator(".irra")
         explorer.wait_for()
+        assert page.title() == page.locator("h1").inner_text() == "Find a person by a description"
+        (kernel,) = re.findall(r"Kernel started: (\S+)", log.read_text())
+        assert page.locator("textarea").count() == 1
         finds_the_right_person_first(explorer, known["asked"])
         explains_itself(page, explorer)
         bears_any_text(explorer)
-        assert "Gallery.build" not in re.sub(r"(?s)irra\.load_model.*", "", page.inner_text("body"))
+        said = page.inner_text("body")
+        assert "import" not in said
+        assert str(known["base"]) not in said
         assert page.locator(".jp-CodeMirrorEditor, .jp-InputArea-editor:visible").count() == 0
+        page.goto("about:blank")
+        until(lambda: f"Kernel shutdown: {kernel}" in log.read_text(), "the end of the closed page's kernel")
 
 
 def test_without_a_browser_the_test_is_skipped_with_the_command_that_installs_one(monkeypatch, tmp_path):

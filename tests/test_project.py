@@ -68,7 +68,7 @@ ROOMS = {  # room → other rooms that it may import
     "released": [],
     "analysis": ["datasets", "synthetic"],
     "studies": ["analysis", "hub", "released", "synthetic"],
-    "explorer": ["analysis"],
+    "explorer": ["analysis", "hub", "search"],
     "benchmark": ["released", "scale", "synthetic"],
     "hub": ["released"],
     "command": ["explorer", "hub", "scale", "search", "studies"],
@@ -180,7 +180,7 @@ PLANTED = [
     ("extra.py", "from irra_core.recipes import recipe", wrong_imports, "extra.py, line 1: imports recipes"),
     (
         "explorer/deep/x.py",
-        "from irra_core.search import y",
+        "from irra_core.studies import y",
         wrong_imports,
         "explorer/deep/x.py, line 1",
     ),

@@ -15,10 +15,8 @@ import numpy as np
 import pandas as pd
 import torch
 import traitlets
-from matplotlib.figure import Figure
 from pandas import DataFrame
 
-from irra_core.analysis import plots
 from irra_core.analysis.explanations import explain, fill_masks
 from irra_core.augmentation import load_images
 from irra_core.images import UnreadableImages, open_photo
@@ -112,8 +110,12 @@ class QueryExplorer(anywidget.AnyWidget):
         strips = [table.assign(gallery=name) for name, table in self._results.items()]
         return pd.concat(strips, ignore_index=True) if strips else DataFrame()
 
-    def figure(self) -> Figure:
-        """The page's ranking as a figure, one row per strip. Raises ValueError when nothing is shown."""
+    def figure(self):
+        """The page's ranking as a matplotlib Figure, one row per strip. Raises ValueError when nothing is shown."""
+        from matplotlib.figure import Figure  # here, because a page is faster there without it
+
+        from irra_core.analysis import plots
+
         if not self._results:
             raise ValueError("there is no ranking to draw: set query to a sentence first")
         lines = -(-self.k // 10)
@@ -128,6 +130,8 @@ class QueryExplorer(anywidget.AnyWidget):
 
     def save(self, folder: str | Path | None = None) -> Path:
         """Write the page's ranking as a PNG, and its caption as a .txt beside it, by default to `reports/explorer`."""
+        from irra_core.analysis import plots
+
         figure = self.figure()
         folder = reports_root() / "explorer" if folder is None else Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

@@ -9,14 +9,11 @@ import torch
 from irra_core.backbone import build_model, configuration
 from irra_core.checkpoints import load_checkpoint
 from irra_core.hub.configurations import OPENAI
+from irra_core.hub.runs import SOURCES, weights_file
 from irra_core.model import IRRA
 from irra_core.recipes import Recipe, recipe
-from irra_core.runs import WEIGHTS
-from irra_core.settings import data_root, project_root, reports_root, short, smoke
+from irra_core.settings import data_root, short
 
-SOURCES = (
-    "'latest', the folder or the name of a run, a weights file (.safetensors of a run, or a released .pth), or 'clip'"
-)
 CLIP_FILE, CLIP_HOME = "open_clip_model.safetensors", "https://huggingface.co/timm/vit_base_patch16_clip_224.openai"
 ZERO_SHOT = (
     "This is OpenAI's CLIP ViT-B/16, which was never fine-tuned on people: on CUHK-PEDES later papers quote an R@1 of "
@@ -50,39 +47,6 @@ def load_model(source: str | Path, device: str | torch.device | None = None) -> 
 
     model = load_official(file, image_size=None, stride=None, device=device)
     return model, _released_recipe(model, file)
-
-
-def weights_file(source: str | Path) -> Path:
-    """The absolute path of the weights of a run or file: `latest`, a path, or the name of a run below the reports.
-
-    A relative path is taken from the working directory, else from the project's root. A name may lack its data set
-    (`epochs=1` for `rstp/epochs=1`). Raises FileNotFoundError, which lists the runs that exist, ValueError for a name
-    that several data sets have.
-    """
-    reports = reports_root() / ("smoke" if smoke() else "")
-    given = Path(source).expanduser()
-    folders = [Path.cwd(), project_root(), reports]
-    places = [reports / "latest"] if os.fspath(source) == "latest" else [folder / given for folder in folders]
-    named = [] if len(given.parts) > 1 else sorted(reports.glob(f"*/{_literal(given.name)}/{WEIGHTS}"))
-    for place in places:
-        file = place / WEIGHTS if place.is_dir() else place
-        if file.is_file():
-            return file.resolve()
-    if len(named) > 1:
-        raise ValueError(
-            f"{short(str(source))} is a run of several data sets: give one of "
-            f"{', '.join(str(file.parent.relative_to(reports)) for file in named)}"
-        )
-    if named:
-        return named[0].resolve()
-    runs = sorted(str(file.parent.relative_to(reports)) for file in reports.glob(f"*/*/{WEIGHTS}"))
-    have = f"The runs in {reports} are {', '.join(runs[:20])}" if runs else f"There is no run in {reports} yet"
-    raise FileNotFoundError(f"no weights are at {short(str(source))}: accepted are {SOURCES}. {have}")
-
-
-def _literal(name: str) -> str:
-    """A file name as a pattern that matches only itself."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
 def _zero_shot(device: str | torch.device | None) -> tuple[IRRA, Recipe]:

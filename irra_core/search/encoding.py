@@ -8,10 +8,9 @@ import numpy as np
 from jaxtyping import Float32
 from pandas import DataFrame
 
-from irra_core.annotations import DATA_SETS
 from irra_core.evaluation import encode_images, encode_texts
 from irra_core.images import decoded_array
-from irra_core.recipes import Recipe
+from irra_core.recipes import RENDERED, Recipe
 from irra_core.settings import data_root, progress_bar
 from irra_core.text import whole_characters
 
@@ -32,10 +31,9 @@ def check_recipe(model, recipe: Recipe | None, images: DataFrame | str | Path) -
             f"the recipe's photos are {recipe.image_height}×{recipe.image_width}, the model's "
             f"{model.image_size[0]}×{model.image_size[1]}: give the recipe that the model was built with"
         )
-    rendered = [name for name, source in DATA_SETS.items() if source.paper is None]
-    if recipe is None or recipe.dataset not in rendered or isinstance(images, DataFrame):
+    if recipe is None or recipe.dataset not in RENDERED or isinstance(images, DataFrame):
         return
-    if not any(Path(images).resolve().is_relative_to((data_root() / name).resolve()) for name in rendered):
+    if not any(Path(images).resolve().is_relative_to((data_root() / name).resolve()) for name in RENDERED):
         warnings.warn(RENDERED_ONLY, stacklevel=3)
 
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from pandas import DataFrame
 from PIL import Image
 
@@ -332,7 +333,7 @@ def test_a_figure_that_cannot_be_written_leaves_what_was_there_before(explorer, 
         Path(path).write_bytes(b"half a figure")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(module.Figure, "savefig", full)
+    monkeypatch.setattr(Figure, "savefig", full)
     with pytest.raises(OSError, match=r"No space left.*make room.*what was there before is intact"):
         explorer.save(tmp_path)
     assert file.read_bytes() == before

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import irra_core as irra
 from irra_core.hub import configurations, sources, tags
-from irra_core.hub.sources import weights_file
+from irra_core.hub.runs import weights_file
 from irra_core.settings import reports_root
 
 TINY = Path(__file__).parent.parent / "reference" / "irra_tiny.pth"

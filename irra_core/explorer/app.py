@@ -8,13 +8,14 @@ import threading
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import ipywidgets
+import regex
 from tqdm import tqdm
 
 SETTINGS = "IRRA_EXPLORE"  # the environment variable with the settings, as JSON
+ANY = "*"  # stands for all words
 TITLE = "Find a person by a description"
 
 
@@ -24,8 +25,7 @@ def page() -> ipywidgets.Box:
     Loading goes on in a thread: the page is there before torch is imported. The settings are `models` (pairs of a
     label and a source of `load_model`), and either `photos` (a folder) or `dataset`.
     """
-    style = Path(__file__).with_name("app.css").read_text(encoding="utf-8")
-    head, status = ipywidgets.HTML(f"<style>{style}</style><h1>{TITLE}</h1>"), ipywidgets.HTML()
+    head, status = ipywidgets.HTML(f"<h1>{TITLE}</h1>"), ipywidgets.HTML()
     box = ipywidgets.VBox([head, status])
     box.add_class("irra-app")
     _say(status, "Starting")
@@ -78,7 +78,7 @@ def _explorer(settings: dict[str, Any], say: Callable[[str], None]) -> tuple[Any
     def bars(**shown: Any) -> tqdm:
         return _Bar(say, **shown)
 
-    photos, people, galleries = settings.get("photos"), None, {}
+    photos, people, galleries, learned = settings.get("photos"), None, {}, set()
     for label, source in settings["models"]:
         say(f"Loading the model {label}".rstrip())
         model, recipe = load_model(source)
@@ -87,10 +87,25 @@ def _explorer(settings: dict[str, Any], say: Callable[[str], None]) -> tuple[Any
             own = recipe if recipe.dataset == settings["dataset"] else usual(settings["dataset"], _smoke=False)
             annotations = open_annotations(own, progress=bars)
             people = annotations[annotations.split == "test"]
+        learned |= _words(recipe, settings.get("dataset"), None if people is None else annotations)
         say(f"Opening the photos for the model {label}".rstrip())
         galleries[label] = kept_gallery(model, photos or people, progress=bars, recipe=recipe)
     say("Opening the page")
-    return QueryExplorer(galleries, people), max(len(gallery.unreadable) for gallery in galleries.values())
+    explorer = QueryExplorer(galleries, people, vocabulary=None if ANY in learned else learned)
+    return explorer, max(len(gallery.unreadable) for gallery in galleries.values())
+
+
+def _words(recipe: Any, dataset: str | None, annotations: Any) -> set[str]:
+    """The words of the captions that a model was trained on; {ANY} where they are not at hand."""
+    from irra_core.annotations import load_annotations
+
+    if annotations is None or recipe.dataset != dataset:
+        try:
+            annotations = load_annotations(recipe.dataset)
+        except (OSError, ValueError):  # CLIP's captions, or a data set that is elsewhere
+            return {ANY}
+    captions = annotations.caption[annotations.split == "train"]
+    return set(regex.findall(r"\p{L}+", " ".join(captions).lower())) or {ANY}
 
 
 class _Bar(tqdm):

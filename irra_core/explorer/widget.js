@@ -21,6 +21,15 @@ const plain = (value) => value.toFixed(3).replace("-", "−");
 const signed = (value) => (value < 0 ? "" : "+") + plain(value);
 const thousandths = (value) => (value < 0 ? "−" : "+") + Math.abs(1000 * value).toFixed(0);
 
+/** Give the browser's user a file. */
+function download(name, bytes) {
+  const link = make("a", { href: URL.createObjectURL(new Blob([bytes], { type: "image/png" })), download: name });
+  document.body.append(link);
+  link.click();
+  link.remove();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+}
+
 /** A color of GLOW for 0..1. */
 function glow(value) {
   const place = value * (GLOW.length - 1);
@@ -48,8 +57,10 @@ function render({ model, el }) {
     listeners.push([event, call]);
   };
   const page = {}; // elements of the current view: cards by strip, word chips
-  let wordAt = null; // the word under the pointer
+  let wordAt = null; // the word under the pointer, else the one that was pressed
+  let pressed = null; // the word that was pressed: it stays lit up
   let cardAt = null; // the card under the pointer: {strip, place}
+  let opened = null; // the card whose photo is open: {strip, place}
   let timer = null;
 
   // The search line
@@ -68,13 +79,13 @@ function render({ model, el }) {
   const words = make("div", { className: "irra-words", dir: "auto" });
   const hint = make("span", { className: "irra-hint" });
   const hold = make("button", { className: "irra-button", type: "button" });
-  const save = make("button", { className: "irra-button", type: "button" }, "Save as figure");
+  const save = make("button", { className: "irra-button", type: "button", title: "Download this ranking as a figure (PNG)" }, "Save");
   const moves = make("p", { className: "irra-held" });
   const strips = make("div", { className: "irra-strips" });
-  const picture = make("section", { className: "irra-picture" });
+  const picture = make("section", { className: "irra-picture", "aria-label": "The photo that you opened" });
   const root = make(
-    "div", { className: "irra" },
-    make("div", { className: "irra-line" }, box, count),
+    document.querySelector("main, [role=main]") ? "div" : "main", { className: "irra" },
+    make("div", { className: "irra-line", role: "search" }, box, count),
     examples, note,
     make("div", { className: "irra-reading" }, words, make("span", { className: "irra-buttons" }, hold, save)),
     hint, moves, strips, picture,
@@ -100,7 +111,16 @@ function render({ model, el }) {
     clearTimeout(timer);
     timer = setTimeout(() => search(box.value), PAUSE);
   });
+  const escape = (event) => {
+    if (event.key !== "Escape" || (picture.hidden && pressed === null)) return;
+    if (!root.contains(event.target) && event.target !== document.body) return; // another part of the notebook
+    event.stopPropagation();
+    if (picture.hidden) press(pressed);
+    else closePicture();
+  };
+  document.addEventListener("keydown", escape, true);
   box.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") return;
     event.stopPropagation();
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
     event.preventDefault();
@@ -143,13 +163,14 @@ function render({ model, el }) {
   function drawWords() {
     const view = model.get("view");
     page.words = view.words.map((word, i) => {
-      const chip = make("span", { className: "irra-word" }, make("span", {}, word), make("small", {}));
-      if (!setup.explains) return chip;
-      chip.tabIndex = 0;
+      const parts = [make("span", {}, word), make("small", {})];
+      if (!setup.explains) return make("span", { className: "irra-word" }, ...parts);
+      const chip = make("button", { className: "irra-word", type: "button", "aria-pressed": "false" }, ...parts);
       const enter = () => point({ word: i });
       chip.addEventListener("pointerenter", enter);
       chip.addEventListener("focus", enter);
-      for (const end of ["pointerleave", "blur"]) chip.addEventListener(end, () => point({ word: null }));
+      chip.addEventListener("click", () => press(i));
+      for (const end of ["pointerleave", "blur"]) chip.addEventListener(end, () => point({ word: pressed }));
       return chip;
     });
     words.replaceChildren(...page.words);
@@ -165,24 +186,35 @@ function render({ model, el }) {
     else photo.append(make("span", { className: "irra-missing" }, `${card.name} cannot be read`));
     photo.style.setProperty("aspect-ratio", String(card.ratio));
     photo.style.setProperty(card.ratio > cell ? "width" : "height", "100%");
-    const said = known ? (card.right ? ", right" : ", wrong") : "";
+    const said = [`rank ${card.rank}`, known && (card.right ? "right" : "wrong"), `score ${plain(card.score)}`];
+    if (card.beats !== undefined) said.push(`above ${card.beats} of 100 other descriptions`);
     const element = make(
-      "button", { className: "irra-card", type: "button", "aria-label": `rank ${card.rank}${said}` },
+      "button", { className: "irra-card", type: "button", "aria-label": said.filter(Boolean).join(", ") },
       make("span", { className: "irra-rank" }, make("b", {}, String(card.rank)), make("i", {}, verdict), moved(card)),
       make("div", { className: "irra-cell", style: { "aspect-ratio": String(cell) } }, photo),
       make("span", { className: "irra-score" }, plain(card.score)),
+      beats(card),
       card.pid === null ? null : make("span", { className: "irra-pid" }, `id ${card.pid}`),
       make("span", { className: "irra-fill" }),
     );
     if (known) element.classList.add(card.right ? "irra-right" : "irra-wrong");
     element.dataset.imageId = card.image_id;
-    element.addEventListener("click", () => ask("picture", { image_id: card.image_id }));
+    element.addEventListener("click", () => {
+      if (strip !== null) opened = { strip, place };
+      ask("picture", { image_id: card.image_id });
+    });
     if (strip === null || !setup.explains) return element;
     const enter = () => point({ card: { strip, place } });
     element.addEventListener("pointerenter", enter);
     element.addEventListener("focus", enter);
     for (const end of ["pointerleave", "blur"]) element.addEventListener(end, () => point({ card: null }));
     return element;
+  }
+
+  function beats(card) {
+    if (card.beats === undefined) return null;
+    const title = `Of 100 other descriptions, ${card.beats} score lower on this photo than yours.`;
+    return make("span", { className: "irra-beats", title }, `beats ${card.beats} %`);
   }
 
   function moved(card) {
@@ -200,7 +232,7 @@ function render({ model, el }) {
     const places = positions();
     page.cards = view.strips.map((strip, s) => strip.cards.map((card, place) => drawCard(card, s, place, cell)));
     const rows = view.strips.map((strip, s) => {
-      const grid = make("div", { className: "irra-grid" }, ...page.cards[s]);
+      const grid = make("div", { className: "irra-grid", role: "group", "aria-label": `Photos ${strip.name}`.trim() }, ...page.cards[s]);
       grid.style.setProperty("--columns", String(Math.min(Math.max(strip.cards.length, 5), 10)));
       const head = make("h4", {}, make("b", {}, strip.name), make("span", {}, strip.standing));
       return make("div", { className: "irra-strip" }, strip.name || strip.standing ? head : null, grid);
@@ -208,11 +240,12 @@ function render({ model, el }) {
     const truth = view.truth && make(
       "div", { className: "irra-truth" },
       make("span", { className: "irra-rank" }, "its photo"),
-      make("div", { className: "irra-cell", style: { "aspect-ratio": String(cell) } }, make("img", { src: view.truth.src, alt: "" })),
+      make("div", { className: "irra-cell", style: { "aspect-ratio": String(cell) } }, make("img", { src: view.truth.src, alt: "The photo that this sentence describes" })),
       make("span", { className: "irra-pid" }, `id ${view.truth.pid}`),
     );
     strips.replaceChildren(...[truth, make("div", { className: "irra-rows" }, ...rows)].filter(Boolean));
     strips.classList.toggle("irra-with-truth", Boolean(truth));
+    placePicture();
     glide(places);
   }
 
@@ -242,7 +275,7 @@ function render({ model, el }) {
     root.classList.toggle("irra-empty", !shown);
     if (document.activeElement !== box) box.value = model.get("query");
     count.value = String(model.get("k"));
-    wordAt = cardAt = null;
+    wordAt = cardAt = pressed = null;
     drawExamples();
     drawWords();
     drawStrips();
@@ -258,7 +291,7 @@ function render({ model, el }) {
 
   // Explanation: maps and contributions
   function point(change) {
-    if ("word" in change) wordAt = change.word;
+    if ("word" in change) wordAt = change.word ?? pressed;
     if ("card" in change) cardAt = change.card;
     if ((wordAt !== null || cardAt) && needed()) {
       clearTimeout(page.asking);
@@ -266,6 +299,13 @@ function render({ model, el }) {
       root.classList.add("irra-waiting");
     }
     drawWhy();
+  }
+
+  /** A pressed word stays lit up until it is pressed again: for fingers and keyboards, which do not point. */
+  function press(word) {
+    pressed = pressed === word ? null : word;
+    page.words.forEach((chip, i) => chip.setAttribute("aria-pressed", String(i === pressed)));
+    point({ word: pressed });
   }
 
   function explained(strip, place) {
@@ -285,6 +325,7 @@ function render({ model, el }) {
       const found = wordAt === null ? null : explained(s, place);
       photo.classList.toggle("irra-dim", Boolean(found?.map));
       card.querySelector(".irra-score").textContent = found ? signed(found.words[wordAt]) : plain(view.strips[s].cards[place].score);
+      card.classList.toggle("irra-of-a-word", Boolean(found));
       if (!found?.map) return;
       const size = found.rows * found.cols;
       const bytes = Uint8Array.from(atob(found.map), (letter) => letter.charCodeAt(0));
@@ -304,9 +345,13 @@ function render({ model, el }) {
 
   function explainHow() {
     if (!setup.explains || !model.get("view").strips.length) hint.textContent = "";
-    else if (wordAt !== null) hint.textContent = `${lightMeans()} Below each photo: what the word adds to its score.`;
-    else if (cardAt) hint.textContent = "What each word adds to this photo's score, in thousandths: blue raises it, orange lowers it.";
-    else hint.textContent = "Point at a word to see where it looks, at a photo to see what each word adds to its score.";
+    else if (wordAt !== null) hint.textContent = `${lightMeans()} Below each photo: how far its score falls without the word.`;
+    else if (cardAt) hint.textContent = "Below each word: how far this photo's score falls without it, in thousandths (orange: it rises).";
+    else {
+      const compared = model.get("view").strips.some((strip) => strip.cards.some((card) => card.beats !== undefined));
+      const means = compared ? " Below each photo: its score, and the share of 100 other descriptions that score lower on it." : "";
+      hint.textContent = `Point at a word or press it to see where it looks, point at a photo to see which words count.${means}`;
+    }
   }
 
   function lightMeans() {
@@ -343,10 +388,10 @@ function render({ model, el }) {
     picture.replaceChildren();
     picture.hidden = !shown.name;
     if (!shown.name) return;
-    const close = make("button", { className: "irra-button", type: "button" }, "Close");
-    close.addEventListener("click", () => ask("picture", { image_id: null }));
+    const close = make("button", { className: "irra-button", type: "button", title: "Escape closes it too" }, "Close");
+    close.addEventListener("click", closePicture);
     const title = shown.pid === null ? shown.name : `Identity ${shown.pid}`;
-    const text = make("div", { className: "irra-about" }, make("h4", {}, make("b", {}, title), make("span", {}, shown.name), close));
+    const text = make("div", { className: "irra-about" }, make("h4", {}, make("b", {}, title), make("span", { className: "irra-place" }), close));
     for (const caption of shown.captions) {
       const chip = make("button", { className: "irra-caption", type: "button", dir: "auto", title: "Search with this sentence" }, caption);
       chip.addEventListener("click", () => choose(caption));
@@ -360,14 +405,53 @@ function render({ model, el }) {
       grid.style.setProperty("--columns", "10");
       text.append(make("p", { className: "irra-label" }, ["The photos most like it", shown.standing].filter(Boolean).join(" · ")), grid);
     }
-    picture.append(make("img", { src: shown.src, alt: "" }), text);
+    picture.append(make("img", { src: shown.src, alt: `Photo ${shown.name}` }), text);
+    drawPlace();
+    placePicture();
+    if (opened === null) return;
+    close.focus({ preventScroll: true });
+    picture.scrollIntoView({ block: "nearest" });
+  }
+
+  /** Where the open photo is in the ranking, which changes with the query. */
+  function drawPlace() {
+    const place = picture.querySelector(".irra-place");
+    const now = model.get("view").open ?? model.get("picture").open ?? "";
+    if (place) place.textContent = [model.get("picture").name, now].filter(Boolean).join(" · ");
+  }
+
+  /** Put the open photo below the row of the card that was clicked; without one, below all. */
+  function placePicture() {
+    const cards = opened && page.cards?.[opened.strip];
+    if (!cards?.length) return root.append(picture);
+    const columns = getComputedStyle(cards[0].parentElement).gridTemplateColumns.split(" ").length;
+    const last = Math.floor(Math.min(opened.place, cards.length - 1) / columns) * columns + columns - 1;
+    const before = cards[Math.min(last, cards.length - 1)];
+    if (before.nextElementSibling === picture) return;
+    const focused = picture.contains(document.activeElement) ? document.activeElement : null;
+    before.after(picture);
+    focused?.focus({ preventScroll: true }); // what is moved loses it
+  }
+
+  function closePicture() {
+    const card = opened && page.cards?.[opened.strip]?.[opened.place];
+    picture.hidden = true;
+    opened = null;
+    ask("picture", { image_id: null });
+    (card || box).focus();
   }
 
   function drawNote() {
     note.textContent = model.get("note");
     root.classList.remove("irra-waiting");
   }
-  on("change:view", drawView);
+  on("change:view", () => {
+    drawView();
+    drawPlace();
+  });
+  on("msg:custom", (message, buffers) => {
+    if (message.kind === "figure") download(message.name, buffers[0]);
+  });
   on("change:note", drawNote);
   on("change:explanation", () => {
     root.classList.remove("irra-waiting");
@@ -378,7 +462,11 @@ function render({ model, el }) {
   drawView();
   drawNote();
   drawPicture();
+  const resized = new ResizeObserver(placePicture);
+  resized.observe(root);
   return () => {
+    resized.disconnect();
+    document.removeEventListener("keydown", escape, true);
     clearTimeout(timer);
     for (const [event, call] of listeners) model.off(event, call);
   };

@@ -4,8 +4,9 @@ import base64
 import contextlib
 import hashlib
 import io
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import anywidget
 import numpy as np
 import pandas as pd
+import regex
 import torch
 import traitlets
 from pandas import DataFrame
@@ -22,6 +24,7 @@ from irra_core.augmentation import load_images
 from irra_core.images import UnreadableImages, open_photo
 from irra_core.metrics import query_metrics
 from irra_core.recipes import recipe
+from irra_core.retrieval import Gallery
 from irra_core.runs import write_text
 from irra_core.settings import reports_root
 from irra_core.text import END_ID, MASK_ID, detokenize_words, length_of, tokenize, whole_characters
@@ -29,6 +32,8 @@ from irra_core.text import END_ID, MASK_ID, detokenize_words, length_of, tokeniz
 THUMBNAIL = (192, 288)  # pixels: twice the size on the page, for high-resolution screens
 LONGEST = 5000  # characters of a query: ten times as many as the model reads
 DEEP = 10_000  # ranks searched for the right photos
+OTHERS = 100  # other descriptions, with whose scores those on the page are compared
+COLOURS = ("black", "white", "grey", "red", "blue", "green", "yellow", "brown")
 CHOICES = (5, 10, 20, 50)  # values of k offered on the page
 WRITABLE = ("query", "k", "held")  # what the page may change; all else is what the kernel found
 
@@ -40,9 +45,10 @@ class QueryExplorer(anywidget.AnyWidget):
 
     galleries: a Gallery, or name → Gallery to compare checkpoints on the same sentence, with one strip of photos each.
     annotations: known sentences (columns pid, path, caption). They are offered as examples; for these sentences, right
-    and wrong photos are framed. `query` and `k` set the first search, and can be read and set later. `held` is the
-    sentence whose ranking is the reference for rank changes, `picture` the image_id of the open photo. `state` holds
-    these four: `QueryExplorer(gallery, annotations, **state)` restores the page.
+    and wrong photos are framed. vocabulary: the words of the captions that the models were trained on; the page names
+    the words of a query that are not among them. `query` and `k` set the first search, and can be read and set later.
+    `held` is the sentence whose ranking is the reference for rank changes, `picture` the image_id of the open photo.
+    `state` holds these four: `QueryExplorer(gallery, annotations, **state)` restores the page.
     """
 
     _esm = Path(__file__).with_name("widget.js")
@@ -63,6 +69,7 @@ class QueryExplorer(anywidget.AnyWidget):
         galleries,
         annotations: DataFrame | None = None,
         *,
+        vocabulary: Iterable[str] | None = None,
         query: str = "",
         k: int = 10,
         held: str = "",
@@ -71,6 +78,8 @@ class QueryExplorer(anywidget.AnyWidget):
     ):
         self._galleries = dict(galleries) if isinstance(galleries, Mapping) else {"": galleries}
         self._annotations = _known(next(iter(self._galleries.values())), annotations)
+        self._vocabulary = None if vocabulary is None else {word.lower() for word in vocabulary}
+        self._others, self._other_features = others(self._annotations, OTHERS), {}
         self._serial, self._results, self._held_ranks, self._truth, self._explained = 0, {}, {}, None, []
         self.failure: Exception | None = None  # the last error; the page shows its message
         super().__init__(query=query, k=k, held=held)
@@ -135,10 +144,7 @@ class QueryExplorer(anywidget.AnyWidget):
         figure = self.figure()
         folder = reports_root() / "explorer" if folder is None else Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        text = self.view["query"]
-        words = "-".join(re.findall(r"[a-z0-9]+", text.lower()))[:40].strip("-")
-        digest = hashlib.blake2b(repr((text, self.k, *self._results)).encode(), digest_size=4).hexdigest()
-        file = folder / f"{words or 'query'}-{digest}.png"
+        text, file = self.view["query"], folder / self._file_name()
         plots.save(figure, file, dpi=150, bbox_inches="tight")
         lines = [f"“{text}”"]
         for strip, (name, gallery) in zip(self.view["strips"], self._galleries.items(), strict=True):
@@ -147,6 +153,13 @@ class QueryExplorer(anywidget.AnyWidget):
         lines.append(f"To see it again: QueryExplorer(gallery, annotations, query={text!r}, k={self.k})")
         write_text(file.with_suffix(".txt"), "\n".join(lines) + "\n")
         return file
+
+    def _file_name(self) -> str:
+        """The figure's name: the first words of the query, and a hash of all that it depends on."""
+        text = self.view["query"]
+        words = "-".join(re.findall(r"[a-z0-9]+", text.lower()))[:40].strip("-")
+        digest = hashlib.blake2b(repr((text, self.k, *self._results)).encode(), digest_size=4).hexdigest()
+        return f"{words or 'query'}-{digest}.png"
 
     def _search(self, change: Mapping | None = None) -> None:
         """Show the results of the query."""
@@ -170,17 +183,55 @@ class QueryExplorer(anywidget.AnyWidget):
             table = self._ranked(gallery, text)
             self._results[name] = table.head(self.k)
             cards = [_card(row) for row in table.head(self.k).itertuples()]
+            self._compare(name, gallery, cards)
             self._note_moves(name, gallery, cards)
             strips.append({"name": name, "standing": self._standing(table), "cards": cards})
         tokens = tokenize(
             [text], length=max(length_of(getattr(each, "model", None)) for each in self._galleries.values())
         )
+        self.note = self._doubt(text)
         if _is_cut(text, tokens):
             self.note = "This is longer than the model can read: it reads the words below and ignores the rest."
         words = [word for word, _ in detokenize_words(tokens[0])]
         masks = int((tokens == MASK_ID).sum()) if "[MASK]" in text else 0
         truth = None if self._truth is None else _thumbnail(str(self._truth["path"])) | {"pid": int(self._truth["pid"])}
-        return {"words": words, "masks": masks, "strips": strips, "truth": truth}
+        found = {"words": words, "masks": masks, "strips": strips, "truth": truth}
+        return found | {"open": self._place(strips, self.picture.get("image_id"))}
+
+    def _compare(self, name: str, gallery, cards: list[Card]) -> None:
+        """Add to each card how many of 100 other descriptions score lower on its photo."""
+        if not isinstance(gallery, Gallery) or not cards:
+            return
+        from irra_core.search.typical import kept_sentences, shares_below
+
+        if name not in self._other_features:
+            self._other_features[name] = kept_sentences(gallery, self._others)
+        ids = np.array([card["image_id"] for card in cards], np.int64)
+        scores = np.array([card["score"] for card in cards], np.float32)
+        for card, share in zip(cards, shares_below(gallery, ids, scores, self._other_features[name]), strict=True):
+            card["beats"] = math.floor(100 * float(share) + 1e-4)
+
+    def _doubt(self, text: str) -> str:
+        """A sentence that says what the model cannot know in a text; empty where nothing is known against it."""
+        if regex.search(r"[\p{L}--\p{Latin}]", text, regex.V1):
+            return "The model learned English sentences only: what it finds for other writing means little."
+        words = list(dict.fromkeys(regex.findall(r"\p{L}+", text.replace("[MASK]", " ").lower())))
+        new = [word for word in words if self._vocabulary is not None and word not in self._vocabulary]
+        if not new:
+            return ""
+        if len(words) > 2 and 2 * len(new) > len(words):
+            return "The model learned hardly any of these words. If this is not English, write it in English."
+        shown = ", ".join(new[:6]) + (", …" if len(new) > 6 else "")
+        return f"Not in the captions that the model was trained on: {shown}. It may not know what this means."
+
+    def _place(self, strips: list[dict], image_id: int | None) -> str:
+        """Where the open photo is in the ranking, in words; empty without a photo or a ranking."""
+        if image_id is None or not strips:
+            return ""
+        for card in strips[0]["cards"]:
+            if card["image_id"] == image_id:
+                return f"rank {card['rank']} for this description"
+        return f"not among the first {len(strips[0]['cards'])} for this description"
 
     def _ranked(self, gallery, text: str) -> DataFrame:
         """The best photos; if the person is known, with `right` and up to DEEP ranks, for average precision."""
@@ -233,7 +284,11 @@ class QueryExplorer(anywidget.AnyWidget):
                 self._show(message.get("image_id"))
         elif kind == "save":
             with self._plain_words("The figure cannot be saved"):
-                self.note = f"Saved as {self.save()}"
+                name, image = self._file_name(), io.BytesIO()
+                figure = self.figure()
+                figure.savefig(image, dpi=150, bbox_inches="tight", metadata={"Description": self.view["query"]})
+                self.send({"kind": "figure", "name": name}, [image.getvalue()])
+                self.note = f"Downloaded as {name}"
 
     def _explain(self, strip: int | None, place: int | None) -> None:
         """Send all contributions, and the maps of all photos, or only of the requested one if each costs 48 passes."""
@@ -287,7 +342,7 @@ class QueryExplorer(anywidget.AnyWidget):
                 table = table.assign(right=(table["pid"] == pid).fillna(False).astype(bool))
             shown["standing"] = self._standing(table)
             shown["neighbours"] = [_card(row) for row in table.head(self.k).itertuples()]
-        self.picture = shown
+        self.picture = shown | {"open": self._place(self.view.get("strips", []), int(image_id))}
 
     @contextlib.contextmanager
     def _plain_words(self, what: str) -> Iterator[None]:
@@ -300,8 +355,8 @@ class QueryExplorer(anywidget.AnyWidget):
 
 
 def _searched(text: str) -> str:
-    """The part of a text that is searched."""
-    return whole_characters(text[:LONGEST]).strip()
+    """The part of a text that is searched, a mask in any case as the model reads it."""
+    return re.sub(r"\[mask\]", "[MASK]", whole_characters(text[:LONGEST]).strip(), flags=re.IGNORECASE)
 
 
 def _known(gallery, annotations: DataFrame | None) -> DataFrame:
@@ -316,6 +371,21 @@ def _examples(annotations: DataFrame, n: int) -> list[str]:
     """Up to n captions of different people, the same at every start."""
     people = annotations[annotations["caption"].str.strip() != ""].drop_duplicates("pid")
     return list(people.sample(min(n, len(people)), random_state=0)["caption"].str.strip())
+
+
+def others(annotations: DataFrame, n: int) -> list[str]:
+    """n descriptions of somebody: captions of different people, then plain sentences on two garments."""
+    plain = [
+        f"a {who} in a {upper_colour} {upper} and {lower_colour} {lower}"
+        for who in ("man", "woman")
+        for upper in ("shirt", "jacket", "coat", "sweater")
+        for lower in ("trousers", "jeans", "shorts")
+        for upper_colour in COLOURS
+        for lower_colour in COLOURS
+    ]
+    known = _examples(annotations, n)
+    order = np.random.default_rng(1).permutation(len(plain))
+    return [*known, *(plain[row] for row in order[: n - len(known)])]
 
 
 def _is_cut(text: str, tokens: torch.Tensor) -> bool:

@@ -1,6 +1,7 @@
 """The explorer as people meet it: JupyterLab and Voilà on loopback, and a real Chromium that types and points."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import nbformat
 import pandas as pd
 import pytest
 from pandas import DataFrame
+from PIL import Image
 
 import irra_core as irra
 
@@ -175,7 +177,7 @@ def finds_the_right_person_first(explorer, asked) -> None:
     strips = explorer.locator(".irra-strip")
     assert strips.count() == 2
     best = strips.first.locator(".irra-card").first
-    assert best.get_attribute("aria-label") == "rank 1, right"
+    assert best.get_attribute("aria-label").startswith("rank 1, right, score ")
     assert best.locator(".irra-pid").inner_text() == f"id {asked.pid}"
     assert "first right photo at rank 1" in strips.first.locator("h4").inner_text()
     precision = [int(re.search(r"(\d+) %", strips.nth(i).locator("h4").inner_text())[1]) for i in (0, 1)]
@@ -269,6 +271,71 @@ def bears_any_text(explorer) -> None:
     assert explorer.locator(".irra-card").count() == 0
 
 
+def opens_a_photo_where_the_eye_is(page, explorer) -> None:
+    """By keyboard alone: Enter opens a photo below its row, it follows the query, Escape closes it."""
+    second = explorer.locator(".irra-strip").first.locator(".irra-card").nth(1)
+    second.focus()
+    page.keyboard.press("Enter")
+    opened = explorer.locator(".irra-picture")
+    opened.locator(".irra-caption").first.wait_for()
+    assert "rank 2 for this description" in opened.locator(".irra-place").inner_text()
+    assert opened.evaluate("(panel) => panel.parentElement.classList.contains('irra-grid')")
+    box, card = opened.bounding_box(), second.bounding_box()
+    assert 0 <= box["y"] - (card["y"] + card["height"]) < 60
+    assert page.evaluate("document.activeElement.textContent") == "Close"
+    written = explorer.locator("textarea").input_value()
+    explorer.locator("textarea").fill("nobody at all")
+    page.wait_for_function("document.querySelector('.irra-place').textContent.includes('for this description')")
+    explorer.locator("textarea").fill(written)
+    explorer.locator(".irra-place", has_text="rank 2 for this description").wait_for()
+    opened.locator("button", has_text="Close").focus()
+    page.keyboard.press("Escape")
+    opened.wait_for(state="hidden")
+    assert page.evaluate("document.activeElement.className").startswith("irra-card")
+
+
+def is_for_everybody(page, explorer) -> None:
+    """No fault that axe-core finds by WCAG's levels A and AA: a ranking, a word's maps, an open photo; two widths."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    rules = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]}
+
+    def faults(state: str) -> list[str]:
+        found = []
+        for width, scheme in itertools.product((1280, 390), ("light", "dark")):
+            page.set_viewport_size({"width": width, "height": 900})
+            page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            for fault in Axe().run(page, options=rules).response["violations"]:
+                found.append(f"{state}, {width}, {scheme}: {fault['id']} in {fault['nodes'][0]['html'][:200]}")
+        return found
+
+    explorer.locator(".irra-word").nth(1).click()
+    explorer.locator("canvas").first.wait_for()
+    assert explorer.locator(".irra-word").nth(1).get_attribute("aria-pressed") == "true"
+    found = faults("a word")
+    columns = "(grid) => getComputedStyle(grid).gridTemplateColumns.split(' ').length"
+    assert explorer.locator(".irra-grid").first.evaluate(columns) == 3  # at 390 pixels
+    page.keyboard.press("Escape")
+    explorer.locator("canvas").first.wait_for(state="detached")
+    explorer.locator(".irra-card").nth(2).click()
+    explorer.locator(".irra-picture .irra-card").first.wait_for()
+    found += faults("a photo")
+    page.keyboard.press("Escape")
+    explorer.locator(".irra-picture").wait_for(state="hidden")
+    assert [*found, *faults("a ranking")] == []
+    page.set_viewport_size({"width": 1360, "height": 1300})
+
+
+def downloads_its_figure(page, explorer, caption: str) -> None:
+    with page.expect_download() as download:
+        explorer.locator("button", has_text="Save").click()
+    with Image.open(download.value.path()) as figure:
+        assert figure.format == "PNG"
+        assert figure.info["Description"] == caption
+    assert download.value.suggested_filename.endswith(".png")
+
+
 @contextlib.contextmanager
 def explore(known, *words):
     """`irra explore` with its port and log; gives the address with the token."""
@@ -291,6 +358,9 @@ def test_irra_explore_serves_one_page_without_code_to_who_has_the_token(browser,
         assert page.locator("textarea").count() == 1
         finds_the_right_person_first(explorer, known["asked"])
         explains_itself(page, explorer)
+        opens_a_photo_where_the_eye_is(page, explorer)
+        is_for_everybody(page, explorer)
+        downloads_its_figure(page, explorer, known["asked"].caption)
         bears_any_text(explorer)
         said = page.inner_text("body")
         assert "import" not in said

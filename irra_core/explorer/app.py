@@ -71,8 +71,6 @@ def _explorer(settings: dict[str, Any], say: Callable[[str], None]) -> tuple[Any
     """The explorer, and how many photos were left out."""
     from irra_core.explorer.widget import QueryExplorer
     from irra_core.hub.sources import load_model
-    from irra_core.images import open_annotations
-    from irra_core.recipes import recipe as usual
     from irra_core.search.kept import kept_gallery
 
     def bars(**shown: Any) -> tqdm:
@@ -84,8 +82,7 @@ def _explorer(settings: dict[str, Any], say: Callable[[str], None]) -> tuple[Any
         model, recipe = load_model(source)
         if photos is None and people is None:
             say("Reading the data set")
-            own = recipe if recipe.dataset == settings["dataset"] else usual(settings["dataset"], _smoke=False)
-            annotations = open_annotations(own, progress=bars)
+            annotations = _data_set(settings["dataset"], recipe, bars)
             people = annotations[annotations.split == "test"]
         learned |= _words(recipe, settings.get("dataset"), None if people is None else annotations)
         say(f"Opening the photos for the model {label}".rstrip())
@@ -93,6 +90,20 @@ def _explorer(settings: dict[str, Any], say: Callable[[str], None]) -> tuple[Any
     say("Opening the page")
     explorer = QueryExplorer(galleries, people, vocabulary=None if ANY in learned else learned)
     return explorer, max(len(gallery.unreadable) for gallery in galleries.values())
+
+
+def _data_set(dataset: str, recipe: Any, progress: Callable) -> Any:
+    """The table of a data set; rendered people are rendered first if need be, in the size that the recipe reads."""
+    from irra_core.annotations import load_annotations
+    from irra_core.images import open_annotations
+    from irra_core.recipes import RENDERED
+    from irra_core.recipes import recipe as usual
+
+    if dataset not in RENDERED:
+        return load_annotations(dataset)
+    size = {"image_height": recipe.image_height, "image_width": recipe.image_width}
+    own = recipe if recipe.dataset == dataset else usual(dataset, _smoke=False).replace(**size)
+    return open_annotations(own, progress=progress)
 
 
 def _words(recipe: Any, dataset: str | None, annotations: Any) -> set[str]:

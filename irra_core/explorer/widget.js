@@ -416,8 +416,9 @@ function render({ model, el }) {
   /** Where the open photo is in the ranking, which changes with the query. */
   function drawPlace() {
     const place = picture.querySelector(".irra-place");
-    const now = model.get("view").open ?? model.get("picture").open ?? "";
-    if (place) place.textContent = [model.get("picture").name, now].filter(Boolean).join(" · ");
+    const [view, shown] = [model.get("view"), model.get("picture")];
+    const now = shown.serial === view.serial ? shown.open : view.open; // opened after the search, or before it
+    if (place) place.textContent = [shown.name, now].filter(Boolean).join(" · ");
   }
 
   /** Put the open photo below the row of the card that was clicked; without one, below all. */

@@ -342,7 +342,8 @@ class QueryExplorer(anywidget.AnyWidget):
                 table = table.assign(right=(table["pid"] == pid).fillna(False).astype(bool))
             shown["standing"] = self._standing(table)
             shown["neighbours"] = [_card(row) for row in table.head(self.k).itertuples()]
-        self.picture = shown | {"open": self._place(self.view.get("strips", []), int(image_id))}
+        now = {"open": self._place(self.view.get("strips", []), int(image_id)), "serial": self._serial}
+        self.picture = shown | now
 
     @contextlib.contextmanager
     def _plain_words(self, what: str) -> Iterator[None]:

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from pandas import DataFrame
 from PIL import Image
 
+import irra_core as irra
 import irra_core.explorer.widget as module
 from irra_core import build_model
 from irra_core.explorer.widget import QueryExplorer
@@ -466,3 +467,77 @@ def test_what_a_page_sends_never_breaks_the_explorer_nor_changes_what_is_the_ker
         assert len(json.dumps(explorer.view)) < 10**6, number
     explorer.query = "someone in blue"
     assert list(explorer.results.image_id[:2]) == [4, 5]
+
+
+@pytest.mark.parametrize("mask", ["[mask]", "[Mask]", "[MASK]"])
+def test_a_mask_is_one_in_any_case(explorer, mask):
+    explorer.query = f"a man in a {mask} coat"
+    assert (explorer.view["query"], explorer.view["masks"]) == ("a man in a [MASK] coat", 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a man in a red coat", ""),
+        ("A MAN in a [mask] coat", ""),
+        ("a man in a scarlet poncho", "Not in the captions that the model was trained on: scarlet, poncho."),
+        ("eine Frau in einem roten Mantel", "hardly any of these words. If this is not English"),
+        ("穿红色外套的女人", "English sentences only"),
+        ("امرأة ترتدي معطفا أحمر", "English sentences only"),
+    ],
+)
+def test_a_text_that_the_model_cannot_know_is_answered_with_a_hint(images, annotations, text, said):
+    words = ["a", "man", "in", "red", "blue", "coat", "view"]
+    explorer = QueryExplorer(FakeGallery(images), annotations, vocabulary=words, query=text)
+    assert said in explorer.note
+    assert bool(explorer.note) == bool(said)
+    assert len(cards(explorer)) == 10
+
+
+def test_without_a_vocabulary_only_other_writing_is_doubted(images):
+    explorer = QueryExplorer(FakeGallery(images), query="a scarlet poncho")
+    assert explorer.note == ""
+    explorer.query = "红"
+    assert "English" in explorer.note
+
+
+def test_the_score_is_compared_with_a_hundred_other_descriptions(images, annotations):
+    gallery = irra.Gallery.build(build_model(recipe("synthetic", pretrained="none", losses="itc"), 6), images)
+    explorer = QueryExplorer(gallery, annotations, query="a man in a red coat", k=5)
+    sentences = module.others(annotations[annotations.pid < 6], 100)
+    assert len(sentences) == len(set(sentences)) == 100
+    assert sum(sentence in set(annotations.caption) for sentence in sentences) == 6  # one for each person
+    for card in cards(explorer):
+        scores = [gallery.search(s, 12).set_index("image_id").score[card["image_id"]] for s in sentences]
+        assert card["beats"] == sum(score < card["score"] - 1e-6 for score in scores)
+
+
+def test_the_open_photo_follows_the_query(explorer):
+    explorer.query = "red"
+    explorer._show(2)
+    assert explorer.picture["open"] == "rank 3 for this description"
+    explorer.query = "green"
+    assert explorer.view["open"] == "rank 1 for this description"
+    explorer.query = "yellow"
+    assert explorer.view["open"] == "rank 5 for this description"
+    explorer.k = 1
+    assert explorer.view["open"] == "not among the first 1 for this description"
+    explorer._show(None)
+    explorer.query = "red"
+    assert explorer.view["open"] == ""
+
+
+def test_save_gives_the_page_a_figure_with_its_sentence_and_writes_no_file(explorer, monkeypatch, tmp_path):
+    monkeypatch.setenv("IRRA_REPORTS", str(tmp_path / "reports"))
+    sent = []
+    monkeypatch.setattr(explorer, "send", lambda content, buffers: sent.append((content, *buffers)))
+    explorer.query = "a man in a red coat"
+    ask(explorer, "save")
+    ((content, image),) = sent
+    assert content["kind"] == "figure"
+    assert re.fullmatch(r"a-man-in-a-red-coat-[0-9a-f]{8}\.png", content["name"])
+    figure = Image.open(io.BytesIO(image))
+    assert figure.format == "PNG"
+    assert figure.info["Description"] == "a man in a red coat"
+    assert explorer.note == f"Downloaded as {content['name']}"
+    assert not (tmp_path / "reports").exists()

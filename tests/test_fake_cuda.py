@@ -126,7 +126,9 @@ def test_small_tensors_of_any_strides_are_sent_in_one_copy():
 # runs
 
 
-@pytest.mark.parametrize("changes", [{}, {"precision": "fp16", "adam_eps": 1e-3}, {"adapter_rank": 2}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"precision": "fp16", "adam_eps": 1e-3}, {"adapter_rank": 2}, {"losses": "tal+tse"}], ids=str
+)
 def test_a_run_on_a_gpu_stops_and_resumes_and_waits_only_to_evaluate(tiny, annotations, tmp_path, monkeypatch, changes):
     recipe, begins, ends = tiny.replace(interaction_depth=1, **changes), [], []
     at, take = Batches.at, training.optimise

@@ -157,6 +157,17 @@ def test_two_processes_train_adapters_beside_a_frozen_encoder_in_pieces_as_one_d
     assert any(visual.values())
 
 
+def test_two_processes_train_token_selection_on_balanced_noisy_pairs_as_one_does(annotations, tiny, tmp_path):
+    switches = {"losses": "tal+tse", "sampler": "identity", "per_identity": 2, "shuffled_captions": 0.5}
+    recipe = tiny.replace(precision="fp32", adam_eps=1e-4, word_augmentation=0.3, select_on="last", **switches)
+    for count in (1, 2):
+        list(train(recipe, annotations, tmp_path / str(count), processes=count))
+    same_but_for_rounding(tmp_path / "2", tmp_path / "1")
+    one, two = (json.loads((tmp_path / count / "metrics.json").read_text()) for count in "12")
+    for score, found in one["untrained"].items():
+        np.testing.assert_allclose(two["untrained"][score], found, err_msg=score)
+
+
 def test_what_stops_the_first_process_is_raised_where_it_was_started(annotations, tiny, tmp_path):
     with runs.locked(tmp_path / "run"), pytest.raises(RuntimeError, match=r"run is being trained by process \d+"):
         list(train(tiny, annotations, tmp_path / "run", processes=2))

@@ -126,8 +126,10 @@ def test_a_missing_tensor_is_named(name, released, tmp_path):
         irra.load_official(written(released, tmp_path), SIZE)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("axis", [0, -1])
+@pytest.mark.parametrize(
+    ("axis", "name"),
+    [(axis, name) for axis in (0, -1) for name in NAMES if (axis, name) != (0, "base_model.positional_embedding")],
+)  # with fewer text positions, the file is a model that reads fewer tokens
 def test_a_misshapen_tensor_is_named(name, axis, released, tmp_path):
     released[name] = released[name].narrow(axis, 0, released[name].shape[axis] - 1).clone()
     shape = tuple(released[name].shape)

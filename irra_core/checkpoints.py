@@ -141,14 +141,20 @@ def open_checkpoint(
 ) -> tuple[IRRA, Recipe | None]:
     """The model of a checkpoint of either kind: ours with its recipe, or a released `.pth`, which has none.
 
-    Image size and stride are for a released file only (None: 384×128 and 16); ours has its own.
+    `path` may also be what `load_model` accepts, such as `latest`. Image size and stride are for a released file only
+    (None: 384×128 and 16); ours has its own.
     """
-    if Path(path).suffix == ".safetensors":
+    suffix = Path(path).suffix
+    if suffix == ".safetensors" or not (suffix == ".pth" or Path(path).is_file()):
         if stride is not None or any(image_size):
             raise ValueError(
                 f"{path} knows its image size and stride: leave them out, they are for released .pth files"
             )
-        return load_checkpoint(path)
+        if suffix == ".safetensors":
+            return load_checkpoint(path)
+        from irra_core.hub.sources import load_model
+
+        return load_model(path)
     from irra_core.released.checkpoint import load_official
 
     height, width = image_size

@@ -30,6 +30,7 @@ VERSION = 2  # of what decoding does to a picture and of the digest: arrays of a
 AHEAD = 32  # images per core that may wait in memory to be written: 5 MB at 384×128
 REMEMBERED = 8  # arrays that a process keeps open: a run needs one, transfer one per data set
 MOST_UNREADABLE = 0.01  # of a data set's photos; with more, a run does not begin
+FEW_UNREADABLE = 3  # photos that a small data set may lose, if they are not above a quarter of it
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # errors of a file system without locks
 
 
@@ -84,18 +85,20 @@ def leave_out_unreadable(annotations: DataFrame, recipe: Recipe, progress: Calla
     """The table without the photos that cannot be read, so that one of thousands does not stop a run.
 
     They are named in a warning, and `left_out` lists them. Raises UnreadableImages for more than MOST_UNREADABLE of
-    the photos, where the cause is something else, such as a disk that is not mounted; with the recipe's
-    `unreadable="stop"` for a single one.
+    the photos (of a small set, more than FEW_UNREADABLE), where the cause is something else, such as a disk that is not
+    mounted; with the recipe's `unreadable="stop"` for a single one.
     """
     photos = photo_table(annotations)
     unreadable = readable_images(photos.path, recipe.image_height, recipe.image_width, progress).unreadable
     if not unreadable:
         return annotations
     error = UnreadableImages(unreadable)
-    if recipe.unreadable == "stop" or len(unreadable) > MOST_UNREADABLE * len(photos):
+    most = max(MOST_UNREADABLE * len(photos), min(FEW_UNREADABLE, len(photos) // 4))
+    if recipe.unreadable == "stop" or len(unreadable) > most:
         raise error
     bad = annotations.path.map(os.path.abspath).isin(unreadable)
-    warnings.warn(f"left out with their {bad.sum():,} captions: {error}", stacklevel=2)
+    left = f"{len(unreadable):,} of {len(photos):,} photos are left out with their {bad.sum():,} captions"
+    warnings.warn(f"{left} (unreadable='stop' would stop instead): {error}", stacklevel=2)
     kept = annotations[~bad].reset_index(drop=True)
     kept = kept.assign(image_id=np.unique(kept.image_id, return_inverse=True)[1].astype(np.int64))
     kept.attrs["unreadable"] = [{"path": path, "reason": reason} for path, reason in unreadable.items()]

@@ -76,7 +76,8 @@ class Gallery:
         return len(self._store)
 
     def __repr__(self) -> str:
-        return f"Gallery({len(self):,} photos, {self._store})"
+        left = f", {len(self.unreadable):,} left out: see unreadable" if len(self.unreadable) else ""
+        return f"Gallery({len(self):,} photos{left}, {self._store})"
 
     def search(self, text: str | Sequence[str], k: int = 10, rerank: str | None = None) -> DataFrame:
         """The k best photos for each sentence, best first: query, rank (from 1), score (cosine), path, pid, image_id.

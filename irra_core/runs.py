@@ -105,6 +105,8 @@ def differences(path: Path, recipe: Recipe, data: str) -> list[str]:
     except (ValueError, KeyError, TypeError) as error:
         return [f"its recipe.json cannot be read ({error})"]
     names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+    if own_file(recipe.dataset) and kept["data"] == data:  # the same table by another path
+        names = [name for name in names if name != "dataset"]
     found = [f"its {name} is {theirs.get(name)!r}, now {ours.get(name)!r}" for name in names]
     return found + (["its data (annotations, images or the shipped CLIP) were others"] if kept["data"] != data else [])
 

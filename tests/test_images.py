@@ -352,7 +352,9 @@ def three_hundred(folder: Path, absent: list[int], broken: list[int]) -> list[st
 def test_an_absent_and_a_broken_photo_of_300_are_left_out_together(tmp_path):
     paths = three_hundred(tmp_path, [7], [9])
     small = make_recipe("cuhk", image_height=16, image_width=16)
-    with pytest.warns(UserWarning, match="left out with their 4 captions: 2 images"):
+    with pytest.warns(
+        UserWarning, match=r"2 of 300 photos are left out with their 4 captions \(unreadable=.*: 2 images"
+    ):
         table = leave_out_unreadable(of_people(paths), small)
     expected = [path for place, path in enumerate(paths) if place not in (7, 9)]
     assert table.path.drop_duplicates().tolist() == expected
@@ -360,6 +362,17 @@ def test_an_absent_and_a_broken_photo_of_300_are_left_out_together(tmp_path):
     assert left_out(table).path.tolist() == [paths[7], paths[9]]
     assert "No such file" in left_out(table).reason[0]
     assert image_array(table.path.drop_duplicates(), 16, 16).pixels.shape == (298, 3, 16, 16)
+
+
+def test_a_small_data_set_may_lose_a_few_photos_but_not_more_than_a_quarter(tmp_path):
+    paths = three_hundred(tmp_path, [0], [1, 2, 3])
+    small = make_recipe("cuhk", image_height=16, image_width=16)
+    said = r"3 of 12 photos are left out with their 6 captions \(unreadable='stop' would stop instead\): 3 images"
+    with pytest.warns(UserWarning, match=said):
+        assert leave_out_unreadable(of_people(paths[1:13]), small).path.nunique() == 9
+    for more in (paths[:16], paths[2:9]):  # four of 16; two of seven
+        with pytest.raises(UnreadableImages):
+            leave_out_unreadable(of_people(more), small)
 
 
 def test_a_table_keeps_what_was_left_out_of_it_through_parquet_and_selections(tmp_path):
@@ -456,14 +469,15 @@ def test_absent_and_broken_photos_of_which_each_alone_would_be_few_are_too_many_
 
 def test_a_table_that_no_run_would_take_opens_as_it_is_written(tmp_path):
     paths = photos(tmp_path, 12)
-    os.remove(paths[3])
+    for number in (3, 6, 7):
+        os.remove(paths[number])
     truncated(Path(paths[5]))
     records = [
         {"id": number, "captions": ["a man"], "file_path": f"{number}.png", "split": "test"} for number in range(12)
     ]
     (tmp_path / "own.json").write_text(json.dumps(records))
     own = make_recipe(str(tmp_path / "own.json"))
-    with pytest.raises(UnreadableImages, match="2 images"):
+    with pytest.raises(UnreadableImages, match="4 images"):
         open_annotations(own)
     table = open_annotations(own, leave_out=False)
     assert table.path.tolist() == paths

@@ -53,7 +53,7 @@ SEAMS = {  # core file → rooms that it may import, inside functions only
     "model": ["variants"],
     "backbone": ["hub", "variants"],
     "losses": ["variants"],
-    "checkpoints": ["released", "variants"],
+    "checkpoints": ["hub", "released", "variants"],
     "objective": ["scale"],
     "evaluation": ["synthetic"],
     "training": ["scale", "variants"],

@@ -134,6 +134,7 @@ def test_own_photos_need_no_annotations(tmp_path):
     assert found.pid.isna().all()
     assert sorted(gallery.unreadable.path) == [str(folder / "empty.jpeg"), str(folder / "more" / "broken.jpg")]
     assert gallery.unreadable.reason.str.len().min() > 5
+    assert repr(gallery).startswith("Gallery(3 photos, 2 left out: see unreadable, ")
 
 
 def test_files_whose_names_are_not_utf8_are_listed_and_the_others_searched(photos, tmp_path, model):

@@ -49,6 +49,19 @@ def test_own_data_are_named_after_their_file_and_content(tmp_path):
     assert runs.dataset_name(str(file)) != name
 
 
+def test_the_same_own_data_by_another_spelling_of_their_path_are_the_same_run(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    file = tmp_path / "mine" / "mine.csv"
+    file.write_text("path,id,caption\n")
+    monkeypatch.chdir(tmp_path)
+    first = runs.run_folder(irra.recipe(str(file)), "data", tmp_path)
+    runs.begin(first.path, irra.recipe(str(file)), "data")
+    for spelling in ("mine/mine.csv", "./mine/../mine/mine.csv"):
+        assert runs.run_folder(irra.recipe(spelling), "data", tmp_path) == first
+        assert runs.run_folder(irra.recipe(spelling, seed=1), "data", tmp_path).path != first.path
+        assert runs.run_folder(irra.recipe(spelling), "other data", tmp_path).path.name == f"{first.path.name}~2"
+
+
 def test_the_folder_of_own_data_with_the_longest_file_name_can_be_made(tmp_path):
     file = tmp_path / f"{'m' * 251}.csv"
     file.write_text("path,id,caption\n")

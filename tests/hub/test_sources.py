@@ -62,6 +62,9 @@ def test_a_run_is_found_by_its_folder_its_file_its_name_and_as_latest(run, repor
             model, recipe = irra.load_model(source)
             assert same(model, models[2]), source
             assert recipe.seed == 2
+            model, recipe = irra.checkpoints.open_checkpoint(source)  # what a notebook's `checkpoint` is opened with
+            assert same(model, models[2]), source
+            assert recipe.seed == 2
     monkeypatch.chdir(reports / "synthetic")
     assert same(irra.load_model("seed=1/weights.safetensors")[0], models[1])
     assert same(irra.load_model("seed=1", device="cpu")[0], models[1])

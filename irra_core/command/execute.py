@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-import select
 import shlex
 import shutil
 import signal
@@ -134,7 +133,8 @@ def _terminal(executed: Path, name: str) -> Iterator[None]:
     After Ctrl-C libraries have tracebacks to show, and Ctrl-C once more would leave the kernel behind.
     """
     terminal, (read, write) = os.dup(2), os.pipe()
-    stopped = threading.Event()
+    stopped, ended = threading.Event(), threading.Event()
+    began = heard = time.monotonic()
 
     def stop(*_) -> None:
         stopped.set()
@@ -142,24 +142,29 @@ def _terminal(executed: Path, name: str) -> Iterator[None]:
         raise KeyboardInterrupt
 
     def pass_on() -> None:
-        began, rest = time.monotonic(), b""
-        while True:
-            if not select.select([read], [], [], QUIET)[0]:
-                words = f"{name}: {_running(executed)}, {time.monotonic() - began:.0f} s\n".encode()
-            elif new := os.read(read, 65536):
-                *lines, rest = (rest + new).split(b"\n")
-                words = b"".join(line + b"\n" for line in lines if not line.startswith(NOISE))
-            else:
-                return
+        nonlocal heard
+        rest = b""
+        while new := os.read(read, 65536):
+            heard = time.monotonic()
+            *lines, rest = (rest + new).split(b"\n")
             if not stopped.is_set():
-                os.write(terminal, words)
+                os.write(terminal, b"".join(line + b"\n" for line in lines if not line.startswith(NOISE)))
+
+    def name_cell() -> None:
+        nonlocal heard
+        while not ended.wait(1):
+            if (now := time.monotonic()) - heard >= QUIET and not stopped.is_set():
+                heard = now
+                os.write(terminal, f"{name}: {_running(executed)}, {now - began:.0f} s\n".encode())
 
     thread, before = threading.Thread(target=pass_on, daemon=True), signal.signal(signal.SIGINT, stop)
     thread.start()
+    threading.Thread(target=name_cell, daemon=True).start()
     os.dup2(write, 2)
     try:
         yield
     finally:
+        ended.set()
         os.dup2(terminal, 2)
         os.close(write)
         thread.join(5)  # a process that the kernel left behind may hold the other end

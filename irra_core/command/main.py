@@ -26,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         given = parser.parse_args(arguments)
         return COMMANDS[given.command][0].run(given)
+    except KeyboardInterrupt:
+        return 130
     except (OSError, ValueError) as error:  # the library's sentences say what to do; its frames do not
         print(f"irra: {error}", file=sys.stderr)
         return 1

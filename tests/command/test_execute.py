@@ -10,9 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
 import pytest
 
 from irra_core.annotations import load_annotations
+from irra_core.command import execute
 from irra_core.command.execute import MOST_LINES, _short
 from irra_core.command.main import main
 from irra_core.scale.saving import last_state
@@ -74,6 +76,20 @@ def test_the_help_of_train_ends_in_the_parameters_of_its_notebook(capsys):
     assert "-p NAME VALUE" in shown
     assert re.search(r"parameters of train.ipynb:\n  dataset: str = \"synthetic\"  # ", shown)
     assert re.search(r"\n  seed: int = None  # ", shown)
+
+
+@pytest.mark.notebook
+def test_a_kernel_that_was_killed_is_one_sentence(tmp_path, monkeypatch, capfd):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import os; os.kill(os.getpid(), 9)")])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, tmp_path / "train.ipynb")
+    monkeypatch.setattr(execute, "notebook", lambda name: tmp_path / f"{name}.ipynb")
+    monkeypatch.setenv("IRRA_REPORTS", str(tmp_path))
+    assert main(["train"]) == 1
+    *_, last = lines = capfd.readouterr().err.splitlines()
+    assert last.startswith("the kernel was killed, as the system does where memory is full: take a smaller batch_size")
+    assert len(lines) <= 12
+    assert "Traceback" not in " ".join(lines)
 
 
 @pytest.mark.notebook

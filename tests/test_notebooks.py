@@ -89,7 +89,7 @@ def test_a_mistake_stops_the_notebook_with_one_clear_error(arguments, words, tmp
     assert ended.returncode != 0
     for word in words:
         assert word in ended.stderr
-    assert words[0] in ended.stderr.rstrip().splitlines()[-1]
+    assert words[-1] in ended.stderr.rstrip().splitlines()[-1]
     executed = nbformat.read(tmp_path / "out.ipynb", 4).cells
     done = [cell for cell in executed if cell.cell_type == "code" and cell.execution_count]
     assert len(done) <= (3 if "dataset" not in arguments or "nosuch" in arguments else 6)

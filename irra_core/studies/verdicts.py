@@ -42,7 +42,7 @@ class Hypothesis:
 
 ELSEWHERE = "another data set"
 PRIMARY: dict[str, Hypothesis] = {
-    "rq1": Hypothesis("rq1", "MLM with its interaction encoder adds to SDM + ID", "sdm+id+mlm", "sdm+id", 1.2),
+    "rq1": Hypothesis("rq1", "MLM with its interaction encoder adds to SDM + ID", "sdm+id+mlm", "sdm+id", 0.8),
     "rq2": Hypothesis("rq2", "SDM aligns better than InfoNCE", "sdm", "itc", 1.2),
     "rq3": Hypothesis("rq3", "pretrained encoders beat random ones", "both pretrained", "from scratch", 1.2),
     "rq4": Hypothesis("rq4", "cross-attention beats co-attention", "cross", "co", 0.8),

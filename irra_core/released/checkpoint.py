@@ -12,6 +12,7 @@ from irra_core.backbone import check_weights, learned, new_clip, patch_grid, rea
 from irra_core.checkpoints import filled, replaced, weights_of
 from irra_core.interaction import CrossEncoder
 from irra_core.model import IRRA
+from irra_core.text import CONTEXT
 from irra_core.transformer import QuickGELU
 
 # Our prefix → the released code's; a name with none of these prefixes is the same in both.
@@ -138,9 +139,11 @@ def _sizes(tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, int]:
         if len(shape) != len(axes):
             raise ValueError(f"{path}: {name} is {shape}: expected are {len(axes)} axes, {' × '.join(axes)}")
         for what, size in zip(axes, shape):
-            least = 2 if what == "image positions" else 1  # class token and one patch
+            least = {"image positions": 2, "text length": CONTEXT}.get(what, 1)  # 2: class token and one patch
             if size < least:
-                raise ValueError(f"{path}: {what} {size} by {name}: accepted is {least} or more. Copy the file again")
+                raise ValueError(
+                    f"{path}: {what} {size} by {name} {shape}: accepted is {least} or more. Copy the file again"
+                )
             if what.endswith("width") and size % _HEAD_WIDTH:
                 raise ValueError(f"{path}: {what} {size} by {name} {shape} is no multiple of {_HEAD_WIDTH}")
             sizes.setdefault(what, size)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import time
 
 import pytest
@@ -166,8 +167,10 @@ def test_evaluation_and_loader_measure_every_repeat(bench):
     whole, share = workloads.evaluation(bench)
     assert len(whole.ours) == len(share.ours) == 2
     assert all(0 < value < 100 for value in share.ours)
-    rate, waiting = workloads.loading(bench)
-    assert len(rate.ours) == len(waiting.ours) == 2
+    rate, background, waiting = workloads.loading(bench)
+    assert len(rate.ours) == len(background.ours) == len(waiting.ours) == 2
+    assert background.other == rate.ours
+    assert "IRRA_ARRAY_GB" not in os.environ
     assert all(0 < value < 100 for value in waiting.ours)
 
 

@@ -168,7 +168,7 @@ class Batches:
         part, asked = team.part(len(rows)), (labels != 0).sum(1)
         whole, rows = rows, rows[part]
         if follow := getattr(self.pixels, "follow", None):  # photos that are decoded in the background
-            follow(step, lambda later: self._photos_of(later, team).numpy())
+            follow(step, self._photos_of, team)
         known = {"tokens": tokens[part], "masked_tokens": masked[part], "labels": labels[part]}
         known |= {"pids": self.pids[rows], "rows": rows, "all_pids": self.pids[whole], "word_count": asked.sum()}
         known |= dict(zip(PLACES, masked_places(labels[part]), strict=True))

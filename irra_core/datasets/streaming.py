@@ -8,12 +8,14 @@ the same as with the decoded array: no buffer is shuffled.
 import hashlib
 import math
 import os
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
+from torch import Tensor
 
 from irra_core.annotations import common_folder
 from irra_core.datasets.members import stat_photo
@@ -22,7 +24,7 @@ from irra_core.settings import cores
 
 AHEAD = 2  # steps per worker that are decoded in advance
 
-Plan = Callable[[int], Int[np.ndarray, " photos"]]  # a step → the photos that it asks for, by their place
+Plan = Callable[..., Tensor]  # a step and what else it takes → the photos that the step asks for, by their place
 
 
 class StreamedPixels:
@@ -60,35 +62,31 @@ class StreamedPixels:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self[np.arange(len(self))].astype(dtype or self.dtype)
 
-    def follow(self, step: int, plan: Plan) -> None:
-        """Decode the photos of this step and of those after it in the background, in the order of the plan."""
+    def follow(self, step: int, plan: Plan, *arguments: Any) -> None:
+        """Decode the photos of this step and of those after it in the background, in the order of the plan.
+
+        `plan` is a method, called with a step and the arguments. The workers end with the object that it belongs to.
+        """
         if self._ahead is None or self._ahead.step != step:
-            self._ahead = _Ahead(self.files, self.shape[2:], step, plan)
+            self._ahead = _Ahead(self.files, self.shape[2:], step, weakref.WeakMethod(plan), arguments)
 
 
 class _Ahead:
     """The photos of the steps from `step` on, decoded in advance by the workers of a DataLoader."""
 
-    def __init__(self, files: list[str], size: tuple[int, int], step: int, plan: Plan):
+    def __init__(self, files: list[str], size: tuple[int, int], step: int, plan: Any, arguments: tuple):
         from torch.utils.data import DataLoader
 
         self.step, self._asked = step, deque()
         workers = cores()
         loader = DataLoader(
             _Photos(files, size),
-            batch_sampler=self._order(step, plan),
+            batch_sampler=_order(self._asked, step, plan, arguments),
             num_workers=workers,
             collate_fn=_unchanged,  # arrays travel through pipes: a container's shared memory may be small
             prefetch_factor=AHEAD,
         )
         self._loader = iter(loader)
-
-    def _order(self, step: int, plan: Plan) -> Iterator[list[int]]:
-        """Yields the photos of each step, which the loader asks for in this process, and remembers them."""
-        while True:
-            self._asked.append(plan(step))
-            yield self._asked[-1].tolist()
-            step += 1
 
     def is_next(self, photos: Int[np.ndarray, " photos"]) -> bool:
         """True if these are the photos of the next step."""
@@ -102,6 +100,15 @@ class _Ahead:
         if unreadable:
             raise UnreadableImages(unreadable)
         return pixels
+
+
+def _order(asked: deque, step: int, plan: Any, arguments: tuple) -> Iterator[list[int]]:
+    """Yields the photos of each step, which the loader asks for in this process, and keeps them in `asked`."""
+    while (photos_of := plan()) is not None:
+        asked.append(photos_of(step, *arguments).numpy())
+        del photos_of  # else the workers would keep the batches, which keep the workers
+        yield asked[-1].tolist()
+        step += 1
 
 
 class _Photos:

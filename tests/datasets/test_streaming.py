@@ -1,5 +1,6 @@
 """Photos decoded in the background of a step: the same batches and runs as with the decoded array, bit for bit."""
 
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -90,10 +91,12 @@ def test_the_next_steps_are_decoded_in_the_background(annotations, tiny, streame
 def test_a_run_has_the_history_of_the_run_on_the_array_and_resumes(annotations, tiny, tmp_path, monkeypatch):
     recipe = tiny.replace(precision="fp32", max_steps=3, losses="sdm")
     whole = list(train(recipe, annotations, tmp_path / "array"))
+    before = set(multiprocessing.active_children())
     monkeypatch.setenv("IRRA_ARRAY_GB", "0")
     first = next(train(recipe, annotations, tmp_path / "streamed"))
     rest = list(train(recipe, annotations, tmp_path / "streamed"))
     assert [first, *rest] == whole
+    assert set(multiprocessing.active_children()) <= before  # the workers ended with the run
     names = [folder / "weights.safetensors" for folder in sorted(tmp_path.iterdir())]
     one, other = (irra.load_checkpoint(file)[0].state_dict() for file in names)
     assert all(torch.equal(value, other[name]) for name, value in one.items())

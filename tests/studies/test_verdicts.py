@@ -197,8 +197,9 @@ def test_every_interval_of_a_study_is_recomputed_from_the_committed_ranks(small,
 @pytest.mark.parametrize("study", [*grid.STUDIES])
 def test_the_intervals_of_the_example_studies_are_those_of_their_committed_ranks(study):
     file, planned = REPORTS / study / "table.csv", grid.plan(study, **sizes.sized("full"))
-    if not file.is_file() or any(committed.find(recipe) is None for recipe in planned.recipe[:1]):
-        pytest.skip("no run of this study is committed")
+    here = [recipe for recipe in planned.recipe if recipe.precision != "fp16"]  # which needs a GPU
+    if not file.is_file() or any(committed.find(recipe) is None for recipe in here):
+        pytest.skip("not all runs of this study are committed")
     recipes = {name: [json.loads(r.to_json()) for r in rows.recipe] for name, rows in planned.groupby("variant")}
     reference = grid.STUDIES[study].reference
     table = pd.read_csv(file)

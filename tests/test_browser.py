@@ -285,7 +285,9 @@ def opens_a_photo_where_the_eye_is(page, explorer) -> None:
     assert page.evaluate("document.activeElement.textContent") == "Close"
     written = explorer.locator("textarea").input_value()
     explorer.locator("textarea").fill("nobody at all")
+    second.focus()  # before the new ranking comes
     explorer.locator(".irra-word", has_text="nobody").wait_for()
+    assert page.evaluate("document.activeElement.className").startswith("irra-card")
     assert "for this description" in opened.locator(".irra-place").inner_text()
     explorer.locator("textarea").fill(written)
     explorer.locator(".irra-word", has_text="nobody").wait_for(state="detached")  # the ranking is drawn again

@@ -230,6 +230,7 @@ function render({ model, el }) {
     const all = view.strips.flatMap((strip) => strip.cards);
     const cell = narrowest(view.truth ? [...all, view.truth] : all);
     const places = positions();
+    const [row, column] = focused();
     page.cards = view.strips.map((strip, s) => strip.cards.map((card, place) => drawCard(card, s, place, cell)));
     const rows = view.strips.map((strip, s) => {
       const grid = make("div", { className: "irra-grid", role: "group", "aria-label": `Photos ${strip.name}`.trim() }, ...page.cards[s]);
@@ -245,8 +246,17 @@ function render({ model, el }) {
     );
     strips.replaceChildren(...[truth, make("div", { className: "irra-rows" }, ...rows)].filter(Boolean));
     strips.classList.toggle("irra-with-truth", Boolean(truth));
+    page.cards[row]?.[column]?.focus({ preventScroll: true });
     placePicture();
     glide(places);
+  }
+
+  /** Strip and place of the card that has the keyboard's focus, which a new ranking would take away. */
+  function focused() {
+    const root = strips.getRootNode();
+    const found = (page.cards || []).map((cards) => cards.indexOf(root.activeElement));
+    const row = found.findIndex((place) => place >= 0);
+    return [row, found[row]];
   }
 
   /** The present position of each photo on the page, from which a change of rank is animated. */

@@ -60,8 +60,9 @@ def verdict_table(
     Columns: `question, claim, variant, reference, metric, gain, low, high, p, p_holm, verdict, half_width, planned,
     seeds, people, queries, hours, command`. `gain` is in percentage points, paired over captions and seeds, `low` and
     `high` its unadjusted 95 % interval (`paired_bootstrap`), `half_width` half of its width, beside the `planned` one.
-    `p_holm` adjusts over all hypotheses; one without runs has the verdict "not run" and counts as p 1. `hours` are
-    those of the question's runs added up; questions share runs.
+    `p_holm` adjusts over all hypotheses; one without runs has the verdict "not run" and counts as p 1. Before all seeds
+    of the size have run, the verdict is their number. `hours` are those of the question's runs added up; questions
+    share runs.
     """
     known = _finished_here()
     rows = [_row(name, each, size, known, root) for name, each in primary.items()]
@@ -69,6 +70,8 @@ def verdict_table(
     for row, p in zip(rows, adjusted):
         row["p_holm"] = float("nan") if np.isnan(row["p"]) else p
         row["verdict"] = "not run" if np.isnan(row["p"]) else decided(row["gain"], p)
+        if not np.isnan(row["p"]) and row["seeds"] < sized(size)["seeds"]:
+            row["verdict"] = f"{row['seeds']} of {sized(size)['seeds']} seeds"
     columns = ["question", "claim", "variant", "reference", "metric", "gain", "low", "high", "p", "p_holm", "verdict"]
     columns += ["half_width", "planned", "seeds", "people", "queries", "hours", "command"]
     return DataFrame(rows).reindex(columns=columns)

@@ -119,6 +119,13 @@ def test_the_table_says_what_is_decided_what_is_not_and_what_was_not_run(small):
     assert "| not run |" in shown[4]
 
 
+def test_nothing_is_decided_before_all_seeds_have_run(small, monkeypatch):
+    monkeypatch.setitem(sizes.SIZES, "small", sizes.SIZES["small"] | {"seeds": 3})
+    table = verdicts.verdict_table("small", root=small).set_index("question")
+    assert table.verdict["rq2"] == "2 of 3 seeds"  # contradicted by the two alone
+    assert table.verdict["rq3"] == "not run"
+
+
 def test_transfer_gains_are_the_mean_over_all_data_sets_but_the_own_one(small):
     """Recomputed from the files by name, without the library's reader."""
     row = verdicts.verdict_table("small", root=small).set_index("question").loc["rq5"]

@@ -20,7 +20,7 @@ from irra_core.backbone import GENERAL
 from irra_core.checkpoints import replaced
 from irra_core.images import image_array
 from irra_core.recipes import NEUTRAL, OWN_DATA, RECIPES, Recipe, own_file, read_recipe
-from irra_core.settings import progress_bar, reports_root, smoke
+from irra_core.settings import progress_bar, runs_root, smoke
 
 FORMAT = 1  # of what a run folder keeps; a run with another is made again
 WEIGHTS, STATE, STATE_BEFORE = "weights.safetensors", "state.safetensors", "state.previous.safetensors"
@@ -81,7 +81,7 @@ def run_folder(recipe: Recipe, data: str, root: str | Path | None = None) -> Run
 
     A folder of the same name with another recipe, other data or another format is passed over and reported.
     """
-    parent = reports_root(root) / ("smoke" if smoke() else "") / dataset_name(recipe.dataset)
+    parent = runs_root(root) / dataset_name(recipe.dataset)
     name, passed_over = run_name(recipe), {}
     for count in range(1, 1000):
         path = parent / (name if count == 1 else f"{name}~{count}")

@@ -1,7 +1,7 @@
 """The environment → folders, cores, smoke mode; names that load on first use. Imports nothing but the standard library.
 
-Every environment variable of the library is read here: IRRA_DATA, IRRA_REPORTS, IRRA_CACHE,
-IRRA_ARRAY_GB and IRRA_SMOKE.
+Every environment variable of the library is read here: IRRA_DATA, IRRA_REPORTS, IRRA_CACHE, IRRA_ARRAY_GB and
+IRRA_SMOKE.
 """
 
 import difflib
@@ -33,6 +33,19 @@ def data_root(given: str | Path | None = None) -> Path:
 def reports_root(given: str | Path | None = None) -> Path:
     """The folder that keeps all runs: given (relative: from the project's root), else IRRA_REPORTS, else `reports`."""
     return project_root() / Path(given or os.environ.get("IRRA_REPORTS") or "reports").expanduser()
+
+
+def runs_root(given: str | Path | None = None) -> Path:
+    """The folder of the runs by data set: `reports_root`, of smoke mode its folder `smoke`."""
+    return reports_root(given) / ("smoke" if smoke() else "")
+
+
+def notebooks_root() -> Path:
+    """The folder of the package's notebooks. Raises FileNotFoundError where the package has none."""
+    folder = project_root() / "notebooks"
+    if not (folder / "train.ipynb").is_file():
+        raise FileNotFoundError(f"{folder} holds no notebooks: run irra in a checkout of irra-core")
+    return folder
 
 
 def find_file(name: str, kind: Callable[[Path], bool] = Path.is_file) -> Path | None:

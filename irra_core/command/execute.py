@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from irra_core.command.notebooks import notebook
-from irra_core.settings import reports_root, smoke
+from irra_core.settings import reports_root, runs_root
 
 STUDIES = {  # study → its notebook, and the parameter that chooses it there
     **{name: ("ablation", ["-p", "study", name]) for name in ("rq1", "rq2", "rq3", "rq4")},
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _home(arguments: argparse.Namespace, name: str, given: list[str]) -> Path:
     """The folder of an executed notebook: of train its run's, of a study the study's, else the reports folder."""
-    reports = reports_root() / ("smoke" if smoke() else "")
+    reports = runs_root()
     if name == "train":
         return (reports / "latest").resolve()
     if name not in ("ablation", "released_vs_paper"):

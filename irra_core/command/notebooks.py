@@ -5,20 +5,12 @@ import shutil
 import sys
 from pathlib import Path
 
-from irra_core.settings import project_root, unknown
-
-
-def notebooks_folder() -> Path:
-    """The folder of the package's notebooks. Raises FileNotFoundError where the package has none."""
-    folder = project_root() / "notebooks"
-    if not (folder / "train.ipynb").is_file():
-        raise FileNotFoundError(f"{folder} holds no notebooks: run irra in a checkout of irra-core")
-    return folder
+from irra_core.settings import notebooks_root, unknown
 
 
 def notebook(name: str) -> Path:
     """The path of a notebook of the package, by its name without the ending."""
-    path = notebooks_folder() / f"{name}.ipynb"
+    path = notebooks_root() / f"{name}.ipynb"
     if not path.is_file():
         raise unknown("notebook", name, (each.stem for each in path.parent.glob("*.ipynb")))
     return path
@@ -33,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Copy every notebook that the folder does not hold yet; 1 if one was there already with other contents."""
     arguments.folder.mkdir(parents=True, exist_ok=True)
     kept = []
-    for source in sorted(notebooks_folder().glob("*.ipynb")):
+    for source in sorted(notebooks_root().glob("*.ipynb")):
         target = arguments.folder / source.name
         if not target.exists():
             shutil.copy(source, target)

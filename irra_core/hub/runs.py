@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from irra_core.recipes import own_file
-from irra_core.settings import project_root, reports_root, short, smoke
+from irra_core.settings import project_root, runs_root, short
 
 WEIGHTS = "weights.safetensors"  # as in irra_core.runs, which imports torch
 SOURCES = (
@@ -21,7 +21,7 @@ def weights_file(source: str | Path) -> Path:
     (`epochs=1` for `rstp/epochs=1`). Raises FileNotFoundError, which lists the runs that exist, ValueError for a name
     that several data sets have.
     """
-    reports = _reports()
+    reports = runs_root()
     given = Path(source).expanduser()
     folders = [Path.cwd(), project_root(), reports]
     places = [reports / "latest"] if os.fspath(source) == "latest" else [folder / given for folder in folders]
@@ -50,15 +50,10 @@ def _literal(name: str) -> str:
 def newest_run(dataset: str) -> Path | None:
     """The folder of the data set's finished run that ended last; None without one."""
     runs = {}
-    for metrics in _reports().glob("*/*/metrics.json"):
+    for metrics in runs_root().glob("*/*/metrics.json"):
         with suppress(OSError, ValueError, KeyError, TypeError):  # no run, or one that is being written
             theirs = json.loads((metrics.parent / "recipe.json").read_text(encoding="utf-8"))["recipe"]["dataset"]
             same = theirs == dataset or (own_file(dataset) is not None and own_file(theirs) == own_file(dataset))
             if same and (metrics.parent / WEIGHTS).is_file() and metrics.parent.name != "latest":
                 runs[metrics.parent] = metrics.stat().st_mtime
     return max(runs, key=runs.get, default=None)
-
-
-def _reports() -> Path:
-    """The folder of the runs, of smoke mode those of smoke mode."""
-    return reports_root() / ("smoke" if smoke() else "")

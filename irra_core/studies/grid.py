@@ -22,7 +22,7 @@ from irra_core.backbone import WEIGHT_SUFFIXES
 from irra_core.hub.tags import download
 from irra_core.images import open_annotations
 from irra_core.recipes import PRESETS, RENDERED, Recipe, recipe
-from irra_core.settings import cores, project_root, reports_root, smoke, unknown
+from irra_core.settings import cores, notebooks_root, project_root, reports_root, runs_root, smoke, unknown
 from irra_core.studies import committed
 from irra_core.studies.committed import DONE
 from irra_core.studies.sizes import domains, sized
@@ -312,7 +312,7 @@ def run_all(
     waiting = [job for job in jobs.values() if job.status == "not run" and not job.error]
     _download_weights(waiting)
     waiting = [job for job in waiting if not job.error]
-    notebook = Path(notebook or project_root() / "notebooks" / "train.ipynb").resolve()
+    notebook = Path(notebook or notebooks_root() / "train.ipynb").resolve()
     slots: list[_Job | None] = [None] * max(workers, 1)
     bar = _Bar(jobs.values(), progress)
     for job in jobs.values():
@@ -464,7 +464,7 @@ def _reached(job: _Job) -> int:
 
 def study_folder(study: str, dataset: str) -> Path:
     """The folder of a study's tables and figures: `studies/<study>` below its data set's reports."""
-    return reports_root() / ("smoke" if smoke() else "") / runs.dataset_name(dataset) / "studies" / study
+    return runs_root() / runs.dataset_name(dataset) / "studies" / study
 
 
 def save_study(folder: Path, tables: Mapping[str, DataFrame], figures: Mapping[str, Any] | None = None) -> list[str]:

@@ -25,7 +25,7 @@ from irra_core.evaluation import METRICS, Interval
 from irra_core.metrics import bootstrap_interval
 from irra_core.recipes import RECIPES, Recipe
 from irra_core.released.published import published
-from irra_core.settings import reports_root, smoke
+from irra_core.settings import runs_root
 from irra_core.studies import comparison, transfer
 from irra_core.studies.tables import collect, files_below
 
@@ -60,7 +60,7 @@ def write_report(root: str | Path | None = None) -> Path:
     It needs no other file and no network. With IRRA_SMOKE=1 the page of the shrunken runs is written in their folder;
     other pages leave those runs out. Committed examples are included, and marked.
     """
-    base = reports_root(root) / ("smoke" if smoke() else "")
+    base = runs_root(root)
     base.mkdir(parents=True, exist_ok=True)
     runs.write_text(base / "index.html", page(base))
     return base / "index.html"

@@ -19,7 +19,7 @@ from irra_core.metrics import bootstrap_interval
 from irra_core.recipes import RENDERED
 from irra_core.released.published import published
 from irra_core.runs import WEIGHTS, data_digest
-from irra_core.settings import data_root, reports_root, smoke
+from irra_core.settings import data_root, runs_root
 from irra_core.studies import committed
 from irra_core.studies.sizes import domains
 
@@ -42,7 +42,7 @@ def transfer_domains(root: str | Path | None = None, size: str = "full") -> tupl
 
 def transfer_folder(datasets: Iterable[str]) -> Path:
     """Where the matrix of these data sets is kept, as studies of one data set are in its own folder."""
-    return reports_root() / ("smoke" if smoke() else "") / "+".join(datasets) / "studies" / "transfer"
+    return runs_root() / "+".join(datasets) / "studies" / "transfer"
 
 
 def hashed_photos(tables: Mapping[str, DataFrame], progress=None) -> Hashed:

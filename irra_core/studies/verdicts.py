@@ -64,14 +64,17 @@ def verdict_table(
     of the size have run, the verdict is their number. `hours` are those of the question's runs added up; questions
     share runs.
     """
-    known = _finished_here()
+    known, seeds = _finished_here(), sized(size)["seeds"]
     rows = [_row(name, each, size, known, root) for name, each in primary.items()]
     adjusted = holm([1.0 if np.isnan(row["p"]) else row["p"] for row in rows])
     for row, p in zip(rows, adjusted):
         row["p_holm"] = float("nan") if np.isnan(row["p"]) else p
-        row["verdict"] = "not run" if np.isnan(row["p"]) else decided(row["gain"], p)
-        if not np.isnan(row["p"]) and row["seeds"] < sized(size)["seeds"]:
-            row["verdict"] = f"{row['seeds']} of {sized(size)['seeds']} seeds"
+        if np.isnan(row["p"]):
+            row["verdict"] = "not run"
+        elif row["seeds"] < seeds:
+            row["verdict"] = f"{row['seeds']} of {seeds} seeds"
+        else:
+            row["verdict"] = decided(row["gain"], p)
     columns = ["question", "claim", "variant", "reference", "metric", "gain", "low", "high", "p", "p_holm", "verdict"]
     columns += ["half_width", "planned", "seeds", "people", "queries", "hours", "command"]
     return DataFrame(rows).reindex(columns=columns)

@@ -8,7 +8,8 @@ import pytest
 
 from irra_core.command.execute import STUDIES
 from irra_core.command.main import COMMANDS, main
-from irra_core.command.notebooks import notebook, notebooks_folder
+from irra_core.command.notebooks import notebook
+from irra_core.settings import notebooks_root
 
 
 def test_help_lists_every_subcommand_and_loads_no_torch():
@@ -42,7 +43,7 @@ def test_every_study_has_its_notebook():
 def test_notebooks_are_copied_and_what_the_user_changed_is_kept(tmp_path, capsys):
     folder = tmp_path / "deep" / "mine"
     assert main(["notebooks", str(folder)]) == 0
-    wanted = {path.name: path.read_bytes() for path in notebooks_folder().glob("*.ipynb")}
+    wanted = {path.name: path.read_bytes() for path in notebooks_root().glob("*.ipynb")}
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == wanted
     assert capsys.readouterr().out.split() == [str(folder / name) for name in sorted(wanted)]
     (folder / "data.ipynb").write_text("my own")

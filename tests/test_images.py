@@ -899,7 +899,9 @@ def test_a_user_without_a_home_folder_is_told_to_name_one_for_the_cache():
         "import os, platformdirs; from irra_core.settings import cache_root; platformdirs.user_cache_path('')\n"
         "os.setuid(54321); cache_root()"
     )
-    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "IRRA_CACHE")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME", "IRRA_CACHE")
+    }
     environment |= {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", lines], env=environment, capture_output=True, text=True)
     assert "this user has no home folder for the cache: set IRRA_CACHE to a folder" in done.stderr

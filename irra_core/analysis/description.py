@@ -16,6 +16,7 @@ def describe(model: IRRA, recipe: Recipe | None = None) -> dict[str, object]:
         "vocabulary": model.clip.vocab_size,
         "identities of the classifier": model.classifier.out_features if model.classifier is not None else "none",
         "interaction encoder": "none" if mlm is None else f"{type(mlm).__name__}, {len(mlm.blocks)} blocks",
+        "token selection": "none" if model.selection is None else model.selection.kind,
         "words attend to padding": model.padding_attention,
         "parameters (millions)": round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
         "trained on": recipe.dataset if recipe else "not recorded in the file",

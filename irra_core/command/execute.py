@@ -19,7 +19,7 @@ from irra_core.command.notebooks import notebook
 from irra_core.settings import reports_root, runs_root
 
 STUDIES = {  # study → its notebook, and the parameter that chooses it there
-    **{name: ("ablation", ["-p", "study", name]) for name in ("rq1", "rq2", "rq3", "rq4")},
+    **{name: ("ablation", ["-p", "study", name]) for name in ("rq1", "rq2", "rq3", "rq4", "plugins", "noise")},
     "rq5": ("transfer", []),
     "released": ("released_vs_paper", []),
     "attention": ("attention", []),

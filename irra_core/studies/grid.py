@@ -50,6 +50,8 @@ def _losses(*names: str) -> dict[str, dict[str, Any]]:
 _SWITCHES = {name: value for name, value in PRESETS["released"].items() if name != "cmpm_target"}
 _WITHOUT_HALF = {name: value for name, value in _SWITCHES.items() if name != "precision"}
 _EPS = {"adam_eps": _SWITCHES["adam_eps"]}  # half precision needs it
+_IRRA, _RDE = {"losses": "sdm+id+mlm"}, {"losses": "tal+tse"}
+_TBPS = ("losses", "temperature", "learned_temperature", "word_deletion")  # of its preset, what is no number of epochs
 
 STUDIES: dict[str, Study] = {
     "rq1": Study(
@@ -97,6 +99,29 @@ STUDIES: dict[str, Study] = {
         "picked on val",
         {f"picked on {on}": {"losses": "sdm", "evaluate_every": 50, "select_on": on} for on in ("val", "test")},
     ),
+    "plugins": Study(
+        "What does each idea of a later paper change in IRRA?",
+        "sdm+id+mlm",
+        {
+            "sdm+id+mlm": _IRRA,
+            "identity sampler": _IRRA | {"sampler": "identity"},
+            "word augmentation": _IRRA | {"word_augmentation": 0.2},
+            "ibm for sdm": {"losses": "ibm+id+mlm"},
+            "token selection": {"losses": "sdm+id+mlm+tse"},
+            "token selection, layers": {"losses": "sdm+id+mlm+tse", "token_selection": "layers"},
+            "rde": _RDE | {"word_augmentation": 0.2},
+            "tbps": {name: PRESETS["tbps"][name] for name in _TBPS},
+        },
+    ),
+    "noise": Study(
+        "What do captions at wrong photos cost IRRA and RDE?",
+        "irra, 0 % wrong",
+        {
+            f"{name}, {100 * share:.0f} % wrong": losses | {"shuffled_captions": share}
+            for name, losses in (("irra", _IRRA), ("rde", _RDE))
+            for share in (0.0, 0.2, 0.5)
+        },
+    ),
 }
 
 
@@ -114,9 +139,8 @@ def plan_all(size: str = "full", **given: Any) -> DataFrame:
 
     Several rows may share a recipe, which `run_all` runs once.
     """
-    asked = sized(size, **given)
-    parts = [plan(name, **asked).assign(study=name) for name in STUDIES]
-    others = {name: value for name, value in asked.items() if name != "dataset"}
+    parts = [plan(name, **sized(size, name, **given)).assign(study=name) for name in STUDIES]
+    others = {name: value for name, value in sized(size, **given).items() if name != "dataset"}
     parts.append(plan_transfer(domains(size), **others).assign(study="transfer"))
     table = pd.concat(parts)[["study", "variant", "seed", "recipe"]]
     return table.sort_values("seed", kind="stable", ignore_index=True)
@@ -215,8 +239,10 @@ def _take_committed(job: _Job, data: str) -> bool:
 def _steps(recipe: Recipe, annotations: DataFrame) -> int:
     """The number of optimiser steps of a run."""
     table = hold_out(annotations) if recipe.select_on == "val" else annotations
-    captions = int((table.split == "train").sum())
-    steps = recipe.epochs * -(-captions // recipe.batch_size)
+    captions = table[table.split == "train"].pid.value_counts()
+    if recipe.sampler == "identity":  # each person's captions are filled up to whole groups
+        captions = -(-captions // recipe.per_identity) * recipe.per_identity
+    steps = recipe.epochs * -(-int(captions.sum()) // recipe.batch_size)
     return min(steps, recipe.max_steps or steps)
 
 
@@ -268,7 +294,7 @@ def _measured_steps() -> dict[tuple, float]:
 def _alike(recipe: Recipe) -> tuple:
     """The fields that a step's duration depends on."""
     names = ("backbone", "image_height", "image_width", "stride", "frozen", "adapter_rank", "losses", "interaction")
-    names += ("interaction_depth", "batch_size", "micro_batch", "precision", "compile")
+    names += ("interaction_depth", "batch_size", "micro_batch", "precision", "compile", "token_selection")
     return tuple(getattr(recipe, name) for name in names)
 
 

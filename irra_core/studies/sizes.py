@@ -9,13 +9,15 @@ SIZES: dict[str, dict[str, Any]] = {
     "full": {"dataset": "synthetic-study", "seeds": 5},
     "small": {"dataset": "synthetic", "seeds": 1, "epochs": 1, "max_steps": 150},  # of 253 that an epoch has
 }
+LATER = {"plugins": 3, "noise": 3}  # studies of later papers' ideas, none of the five questions → seeds at most
 
 
-def sized(size: str, **given: Any) -> dict[str, Any]:
+def sized(size: str, study: str = "", **given: Any) -> dict[str, Any]:
     """The arguments of `plan` in a size of SIZES: what is given (and not None) wins. Raises ValueError for a name."""
     if size not in SIZES:
         raise unknown("size", size, SIZES)
-    return SIZES[size] | {name: value for name, value in given.items() if value is not None}
+    seeds = min(SIZES[size]["seeds"], LATER.get(study, SIZES[size]["seeds"]))
+    return SIZES[size] | {"seeds": seeds} | {name: value for name, value in given.items() if value is not None}
 
 
 def domains(size: str = "full") -> tuple[str, ...]:

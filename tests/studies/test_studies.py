@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_notebook
@@ -13,6 +14,7 @@ from pandas import DataFrame
 
 import irra_core as irra
 from irra_core import runs
+from irra_core.batches import Batches
 from irra_core.recipes import PRESETS
 from irra_core.studies import grid as studies
 from irra_core.studies.comparison import compare, verdict
@@ -38,8 +40,18 @@ def test_variants_of_one_study_are_different_runs_and_studies_share_theirs():
     made = {name: set(plan(name, seeds=1).recipe) for name in STUDIES}
     assert all(len(made[name]) == len(STUDIES[name].variants) for name in STUDIES)
     full = irra.recipe(preset="study")
-    assert [name for name in STUDIES if full in made[name]] == ["rq1", "rq3", "rq4", "released"]
+    assert [name for name in STUDIES if full in made[name]] == ["rq1", "rq3", "rq4", "released", "plugins", "noise"]
     assert len(set().union(*made.values())) < sum(map(len, made.values()))
+
+
+@pytest.mark.parametrize("sampler", [{}, {"sampler": "identity", "per_identity": 4}])
+def test_the_steps_that_are_estimated_are_those_of_the_batches(annotations, sampler):
+    few = annotations[annotations.image_id > 0]  # one train person has a caption less
+    made = irra.recipe(batch_size=8, select_on="last", epochs=3, **sampler)
+    train = few[few.split == "train"].reset_index(drop=True)
+    pixels = np.zeros((36, 3, 96, 32), np.uint8)
+    batches = Batches(train, pixels, irra.tokenize(train.caption), made)
+    assert studies._steps(made, few) == 3 * batches.steps_per_epoch
 
 
 def test_each_departure_of_the_released_code_is_one_switch_on_the_papers_recipe():
@@ -83,15 +95,17 @@ def test_a_size_says_data_seeds_and_epochs_and_what_is_given_wins():
     assert sized("full", dataset="rstp", seeds=5) == {"dataset": "rstp", "seeds": 5}
     with pytest.raises(ValueError, match=r"size 'smal' is unknown: did you mean 'small'"):
         sized("smal")
+    assert [sized("full", name)["seeds"] for name in ("rq1", "plugins", "noise")] == [5, 3, 3]
+    assert (sized("small", "noise")["seeds"], sized("full", "noise", seeds=7)["seeds"]) == (1, 7)
 
 
 @pytest.mark.parametrize("size", ["full", "small"])
 def test_the_plan_of_everything_has_each_studys_runs_and_shares_what_is_the_same(size):
     everything, given = studies.plan_all(size), sized(size)
     for name in STUDIES:
-        rows = everything[everything.study == name]
-        assert set(rows.recipe) == set(plan(name, **given).recipe)
-        assert len(rows) == len(STUDIES[name].variants) * given["seeds"]
+        rows, own = everything[everything.study == name], sized(size, name)
+        assert set(rows.recipe) == set(plan(name, **own).recipe)
+        assert len(rows) == len(STUDIES[name].variants) * own["seeds"]
     domains = everything[everything.study == "transfer"]
     assert len(set(domains.variant)) == 3
     assert {made.dataset for made in domains.recipe} == set(domains.variant)

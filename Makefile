@@ -2,12 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 UV := uv==0.13.9
+PACKAGING := build==1.6.1 twine==7.0.0
 REPORTS := $(or $(IRRA_REPORTS),reports)
 BENCH := $(REPORTS)$(if $(filter-out 0,$(IRRA_SMOKE)),/smoke)/benchmark
 ARGS ?=
 DATASET ?=
 
-.PHONY: train pretrain test test-long lab lock lint notebooks report studies explorer bench bench-explorer browser
+.PHONY: train pretrain test test-long lab lock lint notebooks report studies explorer bench bench-explorer browser release
 
 train: .venv/ready  ## trains on the default data set; ARGS="-p dataset rstp -p epochs 1" goes to irra train
 	@$(BIN)/irra train $(ARGS)
@@ -64,6 +65,14 @@ browser: .venv/ready  ## Chromium, in which make test uses the explorer; without
 	@if command -v chromium || command -v chromium-browser || command -v google-chrome; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -q && apt-get install -q -y chromium; \
 	else echo "install Chromium: sudo apt-get install -y chromium (or your system's way)"; fi
+
+release:  ## sdist and wheel in dist/, checked; TAG=v0.1.0 must be the version's; needs no other environment, publishes nothing
+	rm -rf dist build irra_core.egg-info
+	$(PYTHON) -m venv build/packaging
+	build/packaging/bin/python -m pip install --quiet --disable-pip-version-check $(PACKAGING)
+	build/packaging/bin/python -m build --outdir dist .
+	build/packaging/bin/python -m twine check --strict dist/*
+	build/packaging/bin/python tests/release.py dist $(TAG)
 
 LOCK := pip compile --quiet --universal --upgrade --no-emit-index-url --no-header --generate-hashes
 lock: .venv/ready  ## refreshes requirements.lock, and the lock of the Milvus server for the tests, from pyproject.toml

@@ -12,6 +12,8 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+PACKAGE = Path(__file__).resolve().parent
+INSTALLED = (PACKAGE / "notebooks").is_dir()  # from a wheel, which holds the notebooks; a checkout has them beside it
 SMOKE_IDENTITIES, SMOKE_STEPS = 24, 3  # what IRRA_SMOKE=1 leaves of a run
 # On a CPU torch keeps the last 1,024 compiled operations, each with its memory. Captions have so many lengths that
 # training fills both caches with gigabytes and hardly reuses them. torch reads the sizes once, when it is imported.
@@ -21,8 +23,7 @@ for _cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
 
 def project_root() -> Path:
     """The folder that relative data and report folders are taken from: the checkout, else the working directory."""
-    checkout = Path(__file__).resolve().parent.parent
-    return checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
+    return Path.cwd() if INSTALLED else PACKAGE.parent
 
 
 def data_root(given: str | Path | None = None) -> Path:
@@ -41,18 +42,12 @@ def runs_root(given: str | Path | None = None) -> Path:
 
 
 def notebooks_root() -> Path:
-    """The folder of the package's notebooks. Raises FileNotFoundError where the package has none."""
-    folder = project_root() / "notebooks"
-    if not (folder / "train.ipynb").is_file():
-        raise FileNotFoundError(f"{folder} holds no notebooks: run irra in a checkout of irra-core")
-    return folder
+    """The folder of the package's notebooks: of the checkout, else in the package."""
+    return (PACKAGE if INSTALLED else PACKAGE.parent) / "notebooks"
 
 
 def find_file(name: str, kind: Callable[[Path], bool] = Path.is_file) -> Path | None:
-    """The absolute path of a file named from the working directory or else from the project's root; None without it.
-
-    `kind` is Path.is_dir for a folder.
-    """
+    """The absolute path of a file (`kind` Path.is_dir: folder) in the working directory or else the project's root."""
     for folder in (Path.cwd(), project_root()):
         try:
             if kind(folder / name):
@@ -72,6 +67,11 @@ def cache_root() -> Path:
         if (found := user_cache_path("irra-core", appauthor=False)).is_absolute():
             return found
     raise OSError("this user has no home folder for the cache: set IRRA_CACHE to a folder")
+
+
+def folders(data: str | Path | None = None) -> str:
+    """One line: where the data sets (`data_root(data)`), the reports and the cache are."""
+    return f"data: {data_root(data)}, reports: {reports_root()}, cache: {cache_root()}"
 
 
 def array_limit() -> float:

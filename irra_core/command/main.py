@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from irra_core.command import execute, explore, notebooks, report
+from irra_core.settings import INSTALLED, folders
 
 COMMANDS: dict[str, tuple[Any, str]] = {  # subcommand → its module, with add_arguments and run, and its help
     "train": (execute, "trains and evaluates a model: executes train.ipynb"),
@@ -25,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module.add_arguments(commands.add_parser(name, help=help, description=f"irra {name}: {help}."))
     try:
         given = parser.parse_args(arguments)
+        if INSTALLED and given.command != "notebooks":
+            data = dict([*getattr(given, "parameters", []), *getattr(given, "parameters_raw", [])]).get("data_root")
+            print(folders(data), file=sys.stderr, flush=True)
         return COMMANDS[given.command][0].run(given)
     except KeyboardInterrupt:
         return 130

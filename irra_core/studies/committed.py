@@ -26,6 +26,7 @@ from irra_core.studies.tables import files_below
 from irra_core.synthetic.people import MARKER, RENDERING, arguments_of, make_synthetic
 
 FORMAT = 1  # of the files of a committed run
+SHIPPED = Path(__file__).with_name("committed_runs")  # those that a wheel holds; not there in a checkout
 RUN, RANKS = "run.json", "ranks.csv.gz"
 DONE = ("finished", "committed")  # the statuses of a run whose scores are known
 DIGITS = 4  # of AP and INP in per cent: a mean over queries changes by less than 0.00005
@@ -33,7 +34,7 @@ COLUMNS = ["pid", "image_id", "hard", "rank", "AP", "INP"]
 
 
 def committed_root() -> Path:
-    """The folder of the committed runs: `reports/example/studies/runs` of the checkout; shrunken runs have another."""
+    """The folder of the committed runs: `reports/example/studies/runs` of the project; shrunken runs have another."""
     return reports_root() / "smoke" / "runs" if smoke() else project_root() / "reports/example/studies/runs"
 
 
@@ -67,10 +68,16 @@ def rendered_here(recipe: Recipe, root: str | Path | None = None) -> bool:
 
 
 def find(recipe: Recipe, data: str = "", root: str | Path | None = None) -> Path | None:
-    """The folder of the committed run with this recipe and data (see `run_key`), None where there is none."""
-    folder = Path(root or committed_root()) / run_key(recipe, data)
-    complete = (folder / RUN).is_file() and (folder / RANKS).is_file()
-    return folder if complete and json.loads((folder / RUN).read_text())["format"] == FORMAT else None
+    """The folder of the committed run with this recipe and data (see `run_key`), None where there is none.
+
+    Without `root` it is below `committed_root()`, or among those that a wheel holds.
+    """
+    for parent in [root] if root else [committed_root(), SHIPPED]:
+        folder = Path(parent) / run_key(recipe, data)
+        complete = (folder / RUN).is_file() and (folder / RANKS).is_file()
+        if complete and json.loads((folder / RUN).read_text())["format"] == FORMAT:
+            return folder
+    return None
 
 
 def export_run(path: str | Path, root: str | Path | None = None, replace: bool = False) -> Path:

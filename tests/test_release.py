@@ -95,6 +95,10 @@ def test_the_wheel_holds_the_package_the_notebooks_and_the_committed_runs(tmp_pa
     assert {Path(name).suffix for name in held} >= {".py", ".csv", ".js", ".css", ".ipynb", ".safetensors", ".gz"}
 
 
+def test_the_citation_has_the_version_of_the_package():
+    assert f"\nversion: {VERSION}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def test_publishing_needs_no_secret_and_happens_after_the_check():
     text = (ROOT / ".github" / "workflows" / "release.yml").read_text()
     built, published = re.split(r"\n  publish:\n", text)

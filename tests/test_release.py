@@ -5,9 +5,11 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import tarfile
 import tomllib
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -193,6 +195,28 @@ class TestFromAWheel:
         first = next(cell for cell in nbformat.read(run / "train.ipynb", 4).cells if cell.get("outputs"))
         assert first.outputs[0].text.splitlines() == [where]
         assert installed("python", "-c", SEARCH).stdout.split() == ["3", "True"]
+
+    def test_the_search_page_is_served_over_a_folder_of_photos(self, installed):
+        photos = installed.folder / "photos"
+        photos.mkdir()
+        for path in sorted((installed.folder / "data").rglob("*.jpg"))[:4]:
+            shutil.copy(path, photos)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        command = ["explore", "photos", "--model", "latest", "--no-browser", "--port", port]
+        environment = installed.variables | {"IRRA_SMOKE": "1"}
+        served = subprocess.Popen(
+            [installed.programs / "irra", *command], cwd=installed.folder, env=environment, stderr=subprocess.PIPE
+        )
+        try:
+            said = iter(lambda: served.stderr.readline().decode(), "")
+            assert next(said).startswith(f"data: {installed.folder / 'data'}, ")
+            address = next(found[0] for line in said if (found := re.search(r"http://127\S+token=\w+", line)))
+            with urllib.request.urlopen(address, timeout=300) as page:
+                assert "h1\\u003eFind a person by a description" in page.read().decode()  # of the cell, not the title
+        finally:
+            served.terminate()
+            served.communicate()
 
     def test_every_notebook_runs_from_the_copy_in_an_empty_folder(self, installed, tmp_path):
         said = installed("irra", "notebooks", ".", folder=tmp_path)

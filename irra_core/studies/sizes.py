@@ -9,14 +9,14 @@ SIZES: dict[str, dict[str, Any]] = {
     "full": {"dataset": "synthetic-study", "seeds": 5},
     "small": {"dataset": "synthetic", "seeds": 1, "epochs": 1, "max_steps": 150},  # of 253 that an epoch has
 }
-LATER = {"plugins": 3, "noise": 3}  # studies of later papers' ideas, none of the five questions → seeds at most
+SECONDARY = dict.fromkeys(("released", "selection", "plugins", "noise"), 3)  # no primary hypothesis → seeds at most
 
 
 def sized(size: str, study: str = "", **given: Any) -> dict[str, Any]:
     """The arguments of `plan` in a size of SIZES: what is given (and not None) wins. Raises ValueError for a name."""
     if size not in SIZES:
         raise unknown("size", size, SIZES)
-    seeds = min(SIZES[size]["seeds"], LATER.get(study, SIZES[size]["seeds"]))
+    seeds = min(SIZES[size]["seeds"], SECONDARY.get(study, SIZES[size]["seeds"]))
     return SIZES[size] | {"seeds": seeds} | {name: value for name, value in given.items() if value is not None}
 
 

@@ -95,7 +95,7 @@ def test_a_size_says_data_seeds_and_epochs_and_what_is_given_wins():
     assert sized("full", dataset="rstp", seeds=5) == {"dataset": "rstp", "seeds": 5}
     with pytest.raises(ValueError, match=r"size 'smal' is unknown: did you mean 'small'"):
         sized("smal")
-    assert [sized("full", name)["seeds"] for name in ("rq1", "plugins", "noise")] == [5, 3, 3]
+    assert [sized("full", name)["seeds"] for name in ("rq1", "released", "plugins", "noise")] == [5, 3, 3, 3]
     assert (sized("small", "noise")["seeds"], sized("full", "noise", seeds=7)["seeds"]) == (1, 7)
 
 

@@ -203,7 +203,7 @@ def test_every_interval_of_a_study_is_recomputed_from_the_committed_ranks(small,
 
 @pytest.mark.parametrize("study", [*grid.STUDIES])
 def test_the_intervals_of_the_example_studies_are_those_of_their_committed_ranks(study):
-    file, planned = REPORTS / study / "table.csv", grid.plan(study, **sizes.sized("full"))
+    file, planned = REPORTS / study / "table.csv", grid.plan(study, **sizes.sized("full", study))
     here = [recipe for recipe in planned.recipe if recipe.precision != "fp16"]  # which needs a GPU
     if not file.is_file() or any(committed.find(recipe) is None for recipe in here):
         pytest.skip("not all runs of this study are committed")

@@ -18,8 +18,9 @@ def find(dataset: str, root: str | Path | None) -> tuple[Path, list[Path]]:
         return folder / source.file, [folder / "imgs"]
     file = own_file(dataset)
     if file is None and Path(dataset).suffix.lower() in OWN_DATA:
+        looked = " and ".join(map(str, dict.fromkeys((Path.cwd(), project_root()))))  # one folder outside a checkout
         raise FileNotFoundError(
-            f"annotation file {dataset!r} is not there: looked in {Path.cwd()} and {project_root()}. "
+            f"annotation file {dataset!r} is not there: looked in {looked}. "
             "Give its path; `-p dataset synthetic` needs no file"
         )
     if file is None:

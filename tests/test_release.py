@@ -141,6 +141,12 @@ def installed(built, tmp_path_factory) -> Installed:
     return Installed(wheel, tmp_path_factory.mktemp("elsewhere"))
 
 
+@pytest.fixture(scope="module")
+def trained(installed) -> subprocess.CompletedProcess:
+    """What `irra train` said in the empty folder."""
+    return installed("irra", "train", "-p", "batch_size", "8")
+
+
 IMPORT_ALL = """
 import importlib, json, pkgutil, irra_core
 names = [each.name for each in pkgutil.walk_packages(irra_core.__path__, "irra_core.")]
@@ -179,24 +185,22 @@ class TestFromAWheel:
         inside = installed.programs.parent.resolve()
         assert [name for name, file in found.items() if not Path(file).resolve().is_relative_to(inside)] == []
 
-    def test_training_and_a_search_work_and_the_first_line_says_where_everything_is(self, installed):
-        short = ["-p", "dataset", "synthetic", "-p", "batch_size", "8"]
-        ended = installed("irra", "train", *short)
-        where, *_ = ended.stderr.splitlines()
+    def test_training_and_a_search_work_and_the_first_line_says_where_everything_is(self, installed, trained):
+        where, *_ = trained.stderr.splitlines()
         folder, home = installed.folder, installed.variables["HOME"]
         assert where.startswith(f"data: {folder / 'data'}, reports: {folder / 'reports'}, cache: ")
         cache = Path(where.split("cache: ")[1])
         if os.name != "nt":
             assert cache.is_relative_to(home)
         assert any(cache.rglob("*.*"))
-        assert {path.name for path in folder.iterdir()} == {"data", "reports"}
+        assert {path.name for path in folder.iterdir()} - {"photos"} == {"data", "reports"}
         run = (folder / "reports" / "smoke" / "latest").resolve()
-        assert f"    run folder: {run}" in ended.stdout.splitlines()
+        assert f"    run folder: {run}" in trained.stdout.splitlines()
         first = next(cell for cell in nbformat.read(run / "train.ipynb", 4).cells if cell.get("outputs"))
         assert first.outputs[0].text.splitlines() == [where]
         assert installed("python", "-c", SEARCH).stdout.split() == ["3", "True"]
 
-    def test_the_search_page_is_served_over_a_folder_of_photos(self, installed):
+    def test_the_search_page_is_served_over_a_folder_of_photos(self, installed, trained):
         photos = installed.folder / "photos"
         photos.mkdir()
         for path in sorted((installed.folder / "data").rglob("*.jpg"))[:4]:

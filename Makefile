@@ -8,7 +8,7 @@ BENCH := $(REPORTS)$(if $(filter-out 0,$(IRRA_SMOKE)),/smoke)/benchmark
 ARGS ?=
 DATASET ?=
 
-.PHONY: train pretrain test test-long lab lock lint notebooks report studies explorer bench bench-explorer browser release
+.PHONY: train pretrain test test-long lab lock lint notebooks report studies explorer bench bench-explorer browser release docs
 
 train: .venv/ready  ## trains on the default data set; ARGS="-p dataset rstp -p epochs 1" goes to irra train
 	@$(BIN)/irra train $(ARGS)
@@ -74,12 +74,20 @@ release:  ## sdist and wheel in dist/, checked; TAG=v0.1.0 must be the version's
 	build/packaging/bin/python -m twine check --strict dist/*
 	build/packaging/bin/python tests/release.py dist $(TAG)
 
+docs: .venv-docs/ready  ## the website, in docs/_build/html, with its links checked; needs neither .venv nor torch
+	rm -rf docs/_build
+	.venv-docs/bin/python docs/site/sources.py docs/_build/source
+	.venv-docs/bin/python -m sphinx -q -W --keep-going -c docs/site docs/_build/source docs/_build/html
+	@.venv-docs/bin/python docs/site/check.py docs/_build/html
+
 LOCK := pip compile --quiet --universal --upgrade --no-emit-index-url --no-header --generate-hashes
-lock: .venv/ready  ## refreshes requirements.lock, and the lock of the Milvus server for the tests, from pyproject.toml
+lock: .venv/ready  ## refreshes requirements.lock, and the locks of the Milvus server and of the website, from pyproject.toml
 	$(BIN)/python -m pip install --quiet $(UV)
 	$(BIN)/python -m uv $(LOCK) --extra test pyproject.toml -o requirements.lock
-	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['milvus-server'], sep='\n')" \
-		| $(BIN)/python -m uv $(LOCK) --no-annotate - -o requirements-milvus.lock
+	@for extra in milvus-server docs; do \
+		$(BIN)/python -c "import sys, tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies'][sys.argv[1]], sep='\n')" $$extra \
+			| $(BIN)/python -m uv $(LOCK) --no-annotate - -o requirements-$${extra%-server}.lock || exit; \
+	done
 
 .venv/ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11')"
@@ -93,3 +101,8 @@ lock: .venv/ready  ## refreshes requirements.lock, and the lock of the Milvus se
 .venv/milvus: .venv/ready requirements-milvus.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-milvus.lock
 	@touch .venv/milvus
+
+.venv-docs/ready: requirements-docs.lock
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.lock
+	@touch .venv-docs/ready

@@ -271,7 +271,7 @@ def test_every_public_name_stays():
             assert hasattr(getattr(irra, room), name), f"{room}.{name}"
 
 
-LOCKS = ("requirements.lock", "requirements-milvus.lock")
+LOCKS = ("requirements.lock", "requirements-milvus.lock", "requirements-docs.lock")
 
 
 def locked(name: str = "requirements.lock") -> dict[str, str]:
@@ -295,6 +295,14 @@ def test_the_milvus_server_is_locked_apart_and_installed_by_the_tests_alone():
     assert server.name not in locked()
     needs = dict(re.findall(r"^([\w./-]+):([^#=\n]*)", (ROOT / "Makefile").read_text(), re.M))
     assert {target for target, needed in needs.items() if ".venv/milvus" in needed.split()} == {"test", "notebooks"}
+
+
+def test_the_website_is_locked_apart_without_torch():
+    versions = locked(LOCKS[2])
+    for line in PROJECT["optional-dependencies"]["docs"]:
+        requirement = Requirement(line)
+        assert versions[canonicalize_name(requirement.name)] in requirement.specifier, line
+    assert not versions.keys() & {"torch", "open-clip-torch", "jupyterlab", "irra-core"}
 
 
 @pytest.mark.parametrize("name", LOCKS)

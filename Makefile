@@ -1,6 +1,6 @@
-# Every target does its own set-up: a machine with Python 3.11 or newer and make needs nothing else.
-PYTHON ?= python3
-BIN := .venv/bin
+# Every target does its own set-up: a machine with Python 3.11 or newer and make needs nothing else (on Windows Git Bash).
+PYTHON ?= $(if $(filter Windows_NT,$(OS)),python,python3)
+BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 UV := uv==0.13.9
 PACKAGING := build==1.6.1 twine==7.0.0
 REPORTS := $(or $(IRRA_REPORTS),reports)

@@ -6,7 +6,6 @@ import math
 import os
 import re
 import secrets
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,7 +30,7 @@ from irra_core.backbone import (
 )
 from irra_core.model import IRRA
 from irra_core.recipes import Recipe, patch_size, read_recipe
-from irra_core.settings import default_device
+from irra_core.settings import WINDOWS, default_device, put_in_place
 
 FORMAT = "irra-core checkpoint 1"
 
@@ -120,8 +119,7 @@ def filled(
     wanted = learned(model.state_dict())
     check_fit({named(name): value for name, value in wanted.items()}, tensors, str(path))
     # On a CPU they stay in their file, whose memory processes share; on Windows such a file could not be replaced.
-    copied = sys.platform == "win32"
-    weights = {name: tensors[named(name)].to(torch.float32, copy=copied) for name in wanted}
+    weights = {name: tensors[named(name)].to(torch.float32, copy=WINDOWS) for name in wanted}
     model.load_state_dict(weights, strict=False, assign=True)
     give_constants(model.clip)
     return model.to(device or default_device())
@@ -186,7 +184,7 @@ def save_tensors(
         _sort_metadata(aside)
         if keep is not None and Path(path).exists():
             flush(aside)
-            os.replace(path, keep)
+            put_in_place(Path(path), Path(keep))
 
 
 def _sort_metadata(path: Path) -> None:
@@ -216,13 +214,13 @@ def replaced(path: str | Path) -> Iterator[Path]:
         yield aside
         aside.chmod(mode)
         flush(aside)
-        os.replace(aside, path)
+        put_in_place(aside, path)
     except (OSError, SafetensorError) as error:
         told = re.search(r"os error (\d+)", str(error))  # how safetensors reports the system's error
         number = int(told[1]) if told else getattr(error, "errno", None) or errno.EIO
         before = "what was there before is intact" if path.exists() else "nothing was there before"
         reason = getattr(error, "strerror", None) or str(error)
-        remedy = f"make room or grant access in {path.parent}"
+        remedy = f"{'close whatever has it open, or ' * WINDOWS}make room or grant access in {path.parent}"
         raise OSError(number, f"{path} cannot be written ({reason}): {remedy}; {before}") from error
     finally:
         with suppress(OSError):  # of a read-only disk
@@ -231,5 +229,5 @@ def replaced(path: str | Path) -> Iterator[Path]:
 
 def flush(path: Path) -> None:
     """Wait until a file's bytes are on the disk: without it a rename may be on the disk before them."""
-    with path.open("rb") as file:
+    with path.open("r+b") as file:  # Windows flushes only a file that is open for writing
         os.fsync(file.fileno())

@@ -202,7 +202,7 @@ def _complete(folder: Path, key: str, files: list[str], size: tuple[int, int]) -
     from irra_core.datasets.photos import read_photo
 
     try:
-        about = json.loads((folder / f"{key}.json").read_text())
+        about = json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))
         listed, digest = set(about.get("unreadable", ())), about["digest"]
         again = {file: read_photo(file) for file in files if file in listed}
         unreadable = {file: reason for file, reason in again.items() if isinstance(reason, str)}
@@ -210,7 +210,7 @@ def _complete(folder: Path, key: str, files: list[str], size: tuple[int, int]) -
             return None
         readable = [file for file in files if file not in unreadable]
         if unreadable:
-            about = json.loads((folder / f"{_key(readable, size)}.json").read_text())
+            about = json.loads((folder / f"{_key(readable, size)}.json").read_text(encoding="utf-8"))
         pixels = mapped(folder / Path(about["array"]).name, (len(readable), 3, *size), about["checksums"])
     except (FileNotFoundError, EOFError, ValueError, KeyError, TypeError, AttributeError):  # absent, torn, or not ours
         return None
@@ -247,10 +247,12 @@ def _make(folder: Path, key: str, files: list[str], size: tuple[int, int], progr
             for described, listed in {key: list(unreadable), name: []}.items():
                 beside = folder / f"{described}.json"
                 beside.unlink(missing_ok=True)  # through a link, its target would be overwritten
-                beside.write_text(json.dumps(about | {"unreadable": listed, "checksums": checksums}))
+                content = json.dumps(about | {"unreadable": listed, "checksums": checksums})
+                beside.write_text(content, encoding="utf-8")
             os.replace(partial, array)  # last: an array under its name is complete
             for version in earlier:
-                version.unlink()
+                with contextlib.suppress(PermissionError):  # on Windows, where a process still has it mapped
+                    version.unlink()
         finally:
             partial.unlink(missing_ok=True)
         return ImageArray(mapped(array, (len(readable), 3, *size), checksums), digest, unreadable)
@@ -295,9 +297,7 @@ Decoded = tuple[UInt8[np.ndarray, "3 h w"], bytes]  # a photo in the size asked 
 def decode_images(files: list[str], height: int, width: int, threads: int | None = None) -> Iterator[Decoded | str]:
     """Each file's pixels and its SHA-256, or the reason why it cannot be read, in their order; on all cores."""
     many = AHEAD * (threads or cores())
-    with ThreadPoolExecutor(
-        threads or cores()
-    ) as pool:  # threads: Pillow decodes and resizes without the interpreter's lock
+    with ThreadPoolExecutor(threads or cores()) as pool:  # Pillow decodes and resizes without the interpreter's lock
         for start in range(0, len(files), many):
             yield from pool.map(lambda file: _decode(file, height, width), files[start : start + many])
 

@@ -44,7 +44,7 @@ def query_metrics(
     With r_1 < r_2 < … < r_n the places of the n gallery items of the query's identity, best score first, places from 1:
         R@k = [r_1 ≤ k],   AP = mean_i i / r_i,   INP = n / r_n
     Ties count against the model: a wrong item with the score of a right one is placed before it. Scores are compared
-    in their own precision. Results are float64 (`rank` int64) on the similarity's device.
+    in their own precision. Results are float64 (`rank` int64) on the similarity's device, for MPS on the CPU.
 
     Raises ValueError for scores that are NaN, and for queries whose identity is not in the gallery; with absent="skip"
     those have NaN for results and rank 0. Source: INP is Ye et al., "Deep Learning for Person Re-identification: A
@@ -88,24 +88,25 @@ def _ranked(
     absent: str,
 ) -> dict[str, Num[Tensor, " queries"]]:
     """`query_metrics` of the rows that scores_of computes, on the device of `like`, chunk by chunk."""
+    device = torch.device("cpu") if like.device.type == "mps" else like.device  # MPS has no float64
     for name, pids in (("query_pids", query_pids), ("gallery_pids", gallery_pids)):
         if pids.is_floating_point():
             raise ValueError(f"{name} are {pids.dtype}, which .long() would round: number the people by integers")
-    query_pids, gallery_pids = query_pids.long().to(like.device), gallery_pids.long().to(like.device)
+    query_pids, gallery_pids = query_pids.long().to(device), gallery_pids.long().to(device)
     sorted_pids, by_pid = gallery_pids.sort(stable=True)
     first = torch.searchsorted(sorted_pids, query_pids)
     count = torch.searchsorted(sorted_pids, query_pids, right=True) - first
     _check_absent(count, absent)
     held = CHUNK_ENTRIES.get(like.device.type, 2**22) // max(1, len(gallery_pids))
-    result = torch.full((len(query_pids), 2), torch.nan, dtype=torch.float64, device=like.device)
+    result = torch.full((len(query_pids), 2), torch.nan, dtype=torch.float64, device=device)
     rank = torch.zeros_like(query_pids)
     order = count.argsort(stable=True)  # equal numbers of positives in a chunk: no padding to compare
     for rows in order[(count == 0).sum() :].split(chunk or max(CHUNK_ROWS, held)):
         if not len(rows):
             continue
-        place = torch.arange(int(count[rows].max()), device=like.device)
+        place = torch.arange(int(count[rows].max()), device=device)
         columns = by_pid[first[rows, None] + place.minimum(count[rows, None] - 1)]
-        ranks = _positive_ranks(full_precision(scores_of(rows)), columns, count[rows], rows)
+        ranks = _positive_ranks(full_precision(scores_of(rows.to(like.device)).to(device)), columns, count[rows], rows)
         precision = ((place + 1) / ranks.double()).masked_fill(place >= count[rows, None], 0)
         total = precision.cumsum(1)[:, -1]  # in order, so that padding, and thus the chunk, changes no bit
         last = ranks.gather(1, count[rows, None] - 1).squeeze(1)

@@ -18,7 +18,8 @@ def computes_bf16(device: torch.device) -> bool:
     """True where the device has instructions for bf16; emulated bf16 is slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # older torch cannot say
+    asked = device.type == "cpu" and hasattr(torch.cpu, "get_capabilities")  # older torch cannot say; MPS: not measured
+    able = torch.cpu.get_capabilities() if asked else {}
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 

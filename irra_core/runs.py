@@ -65,7 +65,7 @@ def _plain(value: Any) -> str:
     text = str(value)
     if "/" in text or "\\" in text:
         text = f"{Path(text).stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    return re.sub(r"[^\w.+-]", "-", text)
+    return re.sub(r"[^\w.+-]|\.$", "-", text)
 
 
 def data_digest(annotations: DataFrame, recipe: Recipe, progress=None) -> str:
@@ -98,7 +98,7 @@ def differences(path: Path, recipe: Recipe, data: str) -> list[str]:
     if not file.exists():
         return []
     try:
-        kept = json.loads(file.read_text())
+        kept = json.loads(file.read_text(encoding="utf-8"))
         if kept["format"] != FORMAT:
             return [f"its format is {kept['format']}, this version writes {FORMAT}"]
         theirs, ours = NEUTRAL | kept["recipe"], json.loads(recipe.to_json())
@@ -167,7 +167,7 @@ def _sign(descriptor: int) -> None:
 def _wait(lock: FileLock, path: Path, wait: bool, progress) -> None:
     """Wait until the process that holds the lock has ended; RuntimeError without `wait`, or if it is this process."""
     try:
-        holder = (path / LOCK).read_text() or "another process"
+        holder = (path / LOCK).read_text(encoding="utf-8") or "another process"
     except OSError:  # released just now, or on Windows, where a locked file cannot be read
         holder = "another process"
     own = holder == _holder()
@@ -205,7 +205,7 @@ def load_run(path: str | Path) -> dict[str, Any]:
     if (kept := _read(path / "recipe.json", _described)) is None:
         raise FileNotFoundError(errno.ENOENT, "no run is here: recipe.json is absent", str(path))
     for name in ("metrics", "machine"):
-        kept[name] = _read(path / f"{name}.json", lambda file: dict(json.loads(file.read_text())))
+        kept[name] = _read(path / f"{name}.json", lambda file: dict(json.loads(file.read_text("utf-8"))))
     for name in ("history", "queries"):
         kept[name] = _read(path / f"{name}.csv", pd.read_csv)
     return kept
@@ -213,7 +213,7 @@ def load_run(path: str | Path) -> dict[str, Any]:
 
 def _described(file: Path) -> dict[str, Any]:
     """Recipe and data of a run, from its recipe.json."""
-    kept = json.loads(file.read_text())
+    kept = json.loads(file.read_text(encoding="utf-8"))
     return {"recipe": read_recipe(kept["recipe"]), "data": kept["data"]}
 
 
@@ -229,15 +229,20 @@ def _read(file: Path, reader: Callable[[Path], Any]) -> Any:
 
 
 def mark_latest(path: Path) -> None:
-    """Point the link `latest` in the reports folder (of a smoke run: in its folder `smoke`) to a run."""
+    """Name a run in latest.txt of the reports folder (of a smoke run: of its folder `smoke`); `latest` is a link to it.
+
+    There is no link where the system does not allow it, as Windows does to few users.
+    """
     root = path.parent.parent
+    write_text(root / "latest.txt", f"{path.relative_to(root).as_posix()}\n")
     aside = root / f".latest.{os.getpid()}"
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(os.path.relpath(path, root))
-    os.replace(aside, root / "latest")
+    with suppress(OSError):
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(os.path.relpath(path, root), target_is_directory=True)
+        os.replace(aside, root / "latest")
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically: to a temporary file, flushed to the disk, then renamed."""
-    with replaced(path) as aside, aside.open("w", encoding="utf-8") as file:
+    with replaced(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:  # the same bytes everywhere
         file.write(text)

@@ -7,6 +7,7 @@ IRRA_SMOKE.
 import difflib
 import importlib
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing, suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 PACKAGE = Path(__file__).resolve().parent
 INSTALLED = (PACKAGE / "notebooks").is_dir()  # from a wheel, which holds the notebooks; a checkout has them beside it
 SMOKE_IDENTITIES, SMOKE_STEPS = 24, 3  # what IRRA_SMOKE=1 leaves of a run
+WINDOWS = os.name == "nt"  # there a file that is open or memory-mapped can be neither replaced nor deleted
 # On a CPU torch keeps the last 1,024 compiled operations, each with its memory. Captions have so many lengths that
 # training fills both caches with gigabytes and hardly reuses them. torch reads the sizes once, when it is imported.
 for _cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
@@ -74,6 +76,16 @@ def folders(data: str | Path | None = None) -> str:
     return f"data: {data_root(data)}, reports: {reports_root()}, cache: {cache_root()}"
 
 
+def put_in_place(made: Path, path: Path) -> None:
+    """Rename a file or folder to `path`, in place of a file there; on Windows waits 5 s for whoever has that open."""
+    for _ in range(100 if WINDOWS else 0):
+        try:
+            return os.replace(made, path)
+        except PermissionError:
+            time.sleep(0.05)
+    os.replace(made, path)
+
+
 def array_limit() -> float:
     """Bytes up to which photos are decoded into an array on the disk: IRRA_ARRAY_GB in gigabytes, else no limit."""
     given = os.environ.get("IRRA_ARRAY_GB") or "inf"
@@ -89,9 +101,13 @@ def cores() -> int:
 
 
 def default_device() -> Any:
-    """The torch.device that models are on unless another is given: the CUDA GPU if torch finds one, else the CPU."""
+    """The torch.device that models are on by default: the CUDA GPU; Apple's, if it computes as the CPU; the CPU."""
     import torch
 
+    if torch.backends.mps.is_available():
+        from irra_core.scale.mps import scores_as_cpu
+
+        return torch.device("mps" if scores_as_cpu() else "cpu")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -91,7 +91,7 @@ def _trained(
             yield from pd.read_csv(folder / "history.csv").to_dict("records")
             return
         if len(unreadable) and team.leads:
-            runs.write_text(folder / runs.UNREADABLE, unreadable.to_csv(index=False))
+            runs.write_text(folder / runs.UNREADABLE, unreadable.to_csv(index=False, lineterminator="\n"))
         if recipe.select_on == "val":
             annotations = hold_out(annotations)
         photos = photo_table(annotations)
@@ -160,7 +160,8 @@ def optimise(objective: Objective, optimiser: torch.optim.Adam, batch: Batch) ->
     numbers = torch.cat([parts, gradient_norm(objective.model)[None]])
     broken = ((numbers * 0).sum() != 0).float()  # of a number that is not finite, NaN
     torch.maximum(optimiser.found_inf, broken, out=optimiser.found_inf)
-    optimiser.step()
+    if numbers.device.type != "mps" or not optimiser.found_inf.item():  # torch's kernel for MPS ignored found_inf
+        optimiser.step()
     return numbers
 
 
@@ -336,7 +337,7 @@ class _Run:
                 metrics["ceiling_R1"] = ceiling
             if self.team.leads:
                 columns = trained.text_to_image.drop(columns="caption")  # real captions may not be handed on
-                runs.write_text(self.folder / "queries.csv", columns.to_csv(index=False))
+                runs.write_text(self.folder / "queries.csv", columns.to_csv(index=False, lineterminator="\n"))
         if not self.team.leads:
             return
         machine = run_machine(self.model, self.optimiser, self.seconds, self.step * self.recipe.batch_size)

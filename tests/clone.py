@@ -108,8 +108,14 @@ import numpy as np
 import torch
 from .bases import ImageDataset
 
+class Resize:
+    def __init__(self, size):
+        self.size = size
+    def __call__(self, image):
+        return torch.from_numpy(np.array(image.resize(self.size[::-1]))).permute(2, 0, 1) / 255
+
 def build_transforms(img_size=(384, 128), aug=False, is_train=True):
-    return lambda image: torch.from_numpy(np.array(image.resize(img_size[::-1]))).permute(2, 0, 1) / 255
+    return Resize(img_size)
 
 def collate(batch):
     return {"pids": torch.tensor([each["pids"] for each in batch]),

@@ -1,6 +1,8 @@
 """What the tests share: folders of their own, and a data set of a few coloured people."""
 
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on models this small a second thread only waits
 
@@ -27,6 +29,40 @@ NARROW = backbone.SMALL_CLIP | {
     "vision_cfg": backbone.SMALL_CLIP["vision_cfg"] | {"width": 64, "layers": 1},
     "text_cfg": backbone.SMALL_CLIP["text_cfg"] | {"width": 64, "heads": 1, "layers": 1},
 }
+
+
+# File → its tests that need Linux: its signals, links, pipes, limits or /proc; without names all of them.
+LINUX = {
+    "analysis/test_checks.py": "test_all_findings_are_listed_at_once",
+    "analysis/test_plots.py": "test_a_pipe_in_a_photos_place_is_named_and_not_waited_for",
+    "command/test_explore.py": "test_a_data_set_is_searched_by_its_newest_finished_run",
+    "datasets/test_photos.py": "",
+    "explorer/test_explorer.py": "test_a_pipe_or_a_bomb_in_a_photos_place_is_an_empty_frame",
+    "hub/test_sources.py": "test_a_run_is_found_by_its_folder_its_file_its_name_and_as_latest",
+    "scale/test_cpu.py": "test_a_process_that_keeps_its_memory_asks_for_new_pages_once",
+    "scale/test_distributed.py": "",
+    "search/test_folder.py": "test_a_damaged_gallery_is_refused",
+    "studies/test_report.py": "test_the_committed_example_is_on_the_page_of_a_fresh_clone",
+    "studies/test_tables.py": "test_runs_behind_a_linked_folder_are_found_and_none_is_counted_twice",
+    "synthetic/test_pretraining.py": "test_a_killed_pretraining_is_resumed_and_ends_with_the_same_bytes",
+    "synthetic/test_synthetic.py": (
+        "test_the_same_people_in_the_size_of_the_paper_are_beside_the_small_ones_and_look_like_them "
+        "test_sigterm_ends_rendering_at_once_and_leaves_nothing"
+    ),
+    "test_bad_inputs.py": "",
+    "test_faults.py": "",
+    "test_images.py": "",
+}
+TESTS = Path(__file__).parent
+collect_ignore = [name for name, tests in LINUX.items() if not tests and sys.platform == "win32"]  # some do not import
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests of LINUX."""
+    for item in items:
+        name = item.path.relative_to(TESTS).as_posix() if item.path.is_relative_to(TESTS) else ""
+        if name in LINUX and (not LINUX[name] or item.originalname in LINUX[name].split()):
+            item.add_marker(pytest.mark.linux)
 
 
 @pytest.fixture(autouse=True)

@@ -43,6 +43,7 @@ CORE = [
     "retrieval",
 ]
 SEAMS = {  # core file → rooms that it may import, inside functions only
+    "settings": ["scale"],
     "recipes": ["hub"],
     "annotations": ["datasets"],
     "images": ["datasets", "synthetic"],

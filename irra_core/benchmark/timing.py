@@ -82,7 +82,7 @@ def measure(
 def _device(name: str | None) -> torch.device:
     """The device of that name; without a name the GPU if there is one, else the CPU."""
     try:
-        device = torch.device(name or default_device())
+        device = torch.device(name or ("cuda" if default_device().type == "cuda" else "cpu"))
     except RuntimeError as error:
         raise ValueError(f"device {name!r} is unknown: accepted are cpu and cuda") from error
     if device.type not in LIMIT_SIZES or (device.type == "cuda" and not torch.cuda.is_available()):

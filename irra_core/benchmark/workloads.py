@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from jaxtyping import Float, Int
 from pandas import DataFrame
@@ -112,7 +113,7 @@ class Row:
             "limit": self.limit,
             "share_of_limit": self.reached / limits[self.limit] if self.reached and self.limit else None,
             "note": self.note,
-            "load": round(os.getloadavg()[0], 2),
+            "load": round(psutil.getloadavg()[0], 2),
             "measured": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
 
@@ -393,13 +394,13 @@ def _memory(name: str) -> int:
     status = Path("/proc/self/status")
     if not status.exists():
         return peak_memory()
-    line = next(line for line in status.read_text().splitlines() if line.startswith(name))
+    line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
 
 
 def _in_child(source: str, *arguments: str) -> str:
     """The output of a source in a new Python process. Raises RuntimeError with its last line of errors if it fails."""
-    ended = subprocess.run([sys.executable, "-c", source, *arguments], capture_output=True, text=True)
+    ended = subprocess.run([sys.executable, "-c", source, *arguments], capture_output=True, encoding="utf-8")
     if ended.returncode:
         last = (ended.stderr.strip().splitlines() or ["nothing"])[-1]
         raise RuntimeError(f"a measuring process ended with {ended.returncode} and said {last!r}: is memory short?")

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from irra_core.command.notebooks import notebook
-from irra_core.settings import reports_root, runs_root
+from irra_core.hub.runs import latest_run
+from irra_core.settings import put_in_place, reports_root, runs_root
 
 STUDIES = {  # study → its notebook, and the parameter that chooses it there
     **{name: ("ablation", ["-p", "study", name]) for name in ("rq1", "rq2", "rq3", "rq4", "plugins", "noise")},
@@ -64,12 +65,12 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         if error := _papermill(notebook(name), aside, [*chosen, *given]):
             failed = reports_root() / f"{name}.failed.ipynb"
-            os.replace(aside, failed)
+            put_in_place(aside, failed)
             print(f"{name}.ipynb stopped, executed so far: {failed}\n{_short(error)}", file=sys.stderr)
             return 1
         executed = _home(arguments, name, given) / f"{name}.ipynb"
         executed.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(aside, executed)
+        put_in_place(aside, executed)
     except KeyboardInterrupt:
         print(f"stopped; this command goes on from {_reached(aside)}:\n    {_this_command()}", file=sys.stderr)
         return 130
@@ -91,7 +92,7 @@ def _home(arguments: argparse.Namespace, name: str, given: list[str]) -> Path:
     """The folder of an executed notebook: of train its run's, of a study the study's, else the reports folder."""
     reports = runs_root()
     if name == "train":
-        return (reports / "latest").resolve()
+        return latest_run(reports).resolve()
     if name not in ("ablation", "released_vs_paper"):
         return reports
     from irra_core.studies import sized, study_folder
@@ -184,7 +185,7 @@ def _reached(executed: Path) -> str:
     """Where an interrupted notebook goes on: the step of its run's last evaluation."""
     with contextlib.suppress(OSError):
         if found := re.search(r"this run lives in (.*?)(?:\\n)?\"", executed.read_text(encoding="utf-8")):
-            *_, last = (Path(json.loads(f'"{found[1]}"')) / "history.csv").read_text().split()
+            *_, last = (Path(json.loads(f'"{found[1]}"')) / "history.csv").read_text(encoding="utf-8").split()
             return f"step {last.split(',')[1]}"
     return "the last evaluation, if there was one"
 

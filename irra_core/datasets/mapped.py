@@ -58,8 +58,10 @@ class CheckedPixels(np.memmap):
 
     def _damaged(self, what: str) -> OSError:
         """The error for a damaged file, which is deleted, so that the next start decodes the photos again."""
-        with contextlib.suppress(OSError):
-            Path(self.filename).unlink()
+        file = Path(self.filename)
+        for left in (file.with_name(f"{file.name.split('.')[0]}.json"), file):  # Windows keeps a file that is mapped
+            with contextlib.suppress(OSError):
+                left.unlink()
         forget()
         said = "start again: the photos are then decoded again. If this recurs, set IRRA_CACHE to another disk"
         return OSError(errno.EIO, f"image array {self.filename} is damaged: {what}; {said}")

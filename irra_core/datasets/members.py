@@ -12,7 +12,7 @@ import re
 import tarfile
 from typing import Any, NamedTuple
 
-from irra_core.settings import cache_root
+from irra_core.settings import cache_root, put_in_place
 
 CONTAINERS = (".tar", ".arrow", ".parquet")
 _NAME = re.compile(r"(.+?\.(?:tar|arrow|parquet))[/\\](.+)", re.IGNORECASE | re.DOTALL)
@@ -30,8 +30,8 @@ def stat_photo(path: str) -> os.stat_result:
     """os.stat of a photo's file, or of the file that it is inside of. Raises OSError where that is absent."""
     try:
         return os.stat(path)
-    except NotADirectoryError:
-        if (found := _NAME.fullmatch(path)) is None:
+    except (NotADirectoryError, FileNotFoundError):  # the second on Windows
+        if (found := _NAME.fullmatch(path)) is None or not os.path.isfile(found[1]):
             raise
         return os.stat(found[1])
 
@@ -83,7 +83,7 @@ def _tar_index(container: str, size: int, changed: int) -> dict[str, Place]:
     kept.parent.mkdir(parents=True, exist_ok=True)
     aside = kept.with_name(f".{kept.name}.{os.getpid()}")
     aside.write_text(json.dumps(index), encoding="utf-8")
-    os.replace(aside, kept)
+    put_in_place(aside, kept)
     return index
 
 

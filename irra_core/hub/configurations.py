@@ -62,4 +62,4 @@ def unsuited(config: Mapping[str, Any]) -> str | None:
 def open_clip_models() -> dict[str, dict[str, Any]]:
     """Name → configuration of every model that open_clip knows."""
     folder = Path(importlib.util.find_spec("open_clip").submodule_search_locations[0]) / "model_configs"
-    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}

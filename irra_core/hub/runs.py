@@ -24,7 +24,7 @@ def weights_file(source: str | Path) -> Path:
     reports = runs_root()
     given = Path(source).expanduser()
     folders = [Path.cwd(), project_root(), reports]
-    places = [reports / "latest"] if os.fspath(source) == "latest" else [folder / given for folder in folders]
+    places = [latest_run(reports)] if os.fspath(source) == "latest" else [_linked(folder / given) for folder in folders]
     named = [] if len(given.parts) > 1 else sorted(reports.glob(f"*/{_literal(given.name)}/{WEIGHTS}"))
     for place in places:
         file = place / WEIGHTS if place.is_dir() else place
@@ -40,6 +40,22 @@ def weights_file(source: str | Path) -> Path:
     runs = sorted(str(file.parent.relative_to(reports)) for file in reports.glob(f"*/*/{WEIGHTS}"))
     have = f"The runs in {reports} are {', '.join(runs[:20])}" if runs else f"There is no run in {reports} yet"
     raise FileNotFoundError(f"no weights are at {short(str(source))}: accepted are {SOURCES}. {have}")
+
+
+def latest_run(reports: Path) -> Path:
+    """The run that latest.txt in a reports folder names; where it is absent, the link `latest` beside it."""
+    with suppress(OSError):
+        if name := (reports / "latest.txt").read_text(encoding="utf-8").strip():
+            return reports / name
+    return reports / "latest"
+
+
+def _linked(place: Path) -> Path:
+    """The path, or where it goes through a link `latest` that is absent, as on Windows, what latest.txt names."""
+    for link in (place, place.parent):
+        if link.name == "latest" and not link.exists():
+            return latest_run(link.parent) / place.relative_to(link)
+    return place
 
 
 def _literal(name: str) -> str:

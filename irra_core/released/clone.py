@@ -7,14 +7,16 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import os
+import pickle
 import sys
 import tempfile
 import types
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -35,16 +37,19 @@ MODULES = ("model.build", "solver.build", "utils.metrics", "datasets.bases", "da
 PACKAGES = ("model", "solver", "utils", "datasets", "processor")  # the clone's top-level packages
 WORKERS = 8  # released options.py: processes of its loader; _loader starts at most one per core
 TEST_BATCH = 512  # released options.py
+# How workers start: Linux's default at its release; Windows has no fork, and macOS's libraries do not survive one.
+START = "fork" if hasattr(os, "fork") and sys.platform != "darwin" else "spawn"
 
 
 class Code(NamedTuple):
-    """The imported modules of a clone that are timed."""
+    """The imported modules of a clone that are timed, and `loaded`: all that these imported of it, by name."""
 
     build: types.ModuleType
     solver: types.ModuleType
     metrics: types.ModuleType
     bases: types.ModuleType
     datasets: types.ModuleType
+    loaded: Mapping[str, types.ModuleType]
 
 
 class _Table:
@@ -75,7 +80,8 @@ def load_code(folder: str | Path) -> Code:
         )
     with _import_from(folder):
         try:
-            return Code(*(importlib.import_module(name) for name in MODULES))
+            found = [importlib.import_module(name) for name in MODULES]
+            return Code(*found, {name: sys.modules[name] for name in sys.modules if name.split(".")[0] in PACKAGES})
         except ImportError as error:
             raise ImportError(
                 f"the released code in {folder} cannot be imported ({error}): install the missing package, or omit the "
@@ -84,12 +90,13 @@ def load_code(folder: str | Path) -> Code:
 
 
 @contextlib.contextmanager
-def _import_from(folder: Path) -> Iterator[None]:
+def _import_from(folder: Path, loaded: Mapping[str, types.ModuleType] | None = None) -> Iterator[None]:
     """Context manager in which imports find the clone first, and stand-ins for packages that only its logs need.
 
-    `sys.path` and `sys.modules` are restored at the end.
+    `loaded` are modules of the clone that are not imported again. `sys.path` and `sys.modules` are restored at the end.
     """
     aside = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in PACKAGES}
+    sys.modules.update(loaded or {})
     stood_in = []
     for name, content in STAND_INS.items():
         if name not in sys.modules and importlib.util.find_spec(name) is None:
@@ -220,7 +227,7 @@ def evaluate(code: Code, model: nn.Module, annotations: DataFrame, recipe: Recip
     transforms = code.datasets.build_transforms(img_size=size, is_train=False)
     images = code.bases.ImageDataset(photos.pid.tolist(), photos.path.tolist(), transforms)
     texts = code.bases.TextDataset(queries.pid.tolist(), queries.caption.tolist(), text_length=CONTEXT)
-    loaders = [_loader(dataset, batch_size=TEST_BATCH) for dataset in (images, texts)]
+    loaders = [_loader(code, dataset, batch_size=TEST_BATCH) for dataset in (images, texts)]
     with as_released(next(model.parameters()).device):
         return float(code.metrics.Evaluator(*loaders).eval(model))
 
@@ -232,10 +239,33 @@ def train_loader(code: Code, annotations: DataFrame, recipe: Recipe) -> DataLoad
     size = (recipe.image_height, recipe.image_width)
     transforms = code.datasets.build_transforms(img_size=size, aug=True, is_train=True)
     dataset = code.bases.ImageTextMLMDataset(rows, transforms, text_length=CONTEXT)
-    return _loader(dataset, batch_size=recipe.batch_size, shuffle=True, collate_fn=code.datasets.collate)
+    return _loader(code, dataset, code.datasets.collate, batch_size=recipe.batch_size, shuffle=True)
 
 
-def _loader(dataset, **given) -> DataLoader:
-    """A loader with the released number of workers, at most one per core; forked, Linux's default at its release."""
+def _loader(code: Code, dataset, collate: Callable | None = None, **given) -> DataLoader:
+    """A loader with the released number of workers, at most one per core, that start as START says."""
+    if START != "fork":  # else a worker has the clone's modules
+        dataset, collate = _Sent(dataset, code), collate and _Sent(collate, code)
     workers = min(WORKERS, cores())
-    return DataLoader(dataset, num_workers=workers, multiprocessing_context="fork", **given)
+    return DataLoader(dataset, num_workers=workers, multiprocessing_context=START, collate_fn=collate, **given)
+
+
+class _Sent:
+    """An object of a clone that a spawned worker receives as itself: it imports the clone's modules for it."""
+
+    def __init__(self, inner: Any, code: Code):
+        self.inner, self.code = inner, code
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __reduce__(self) -> tuple[Callable, tuple[Path, bytes]]:
+        folder = Path(self.code.build.__file__).parent.parent
+        with _import_from(folder, self.code.loaded):
+            return _received, (folder, pickle.dumps(self.inner))
+
+
+def _received(folder: Path, content: bytes) -> Any:
+    """What `_Sent` sent."""
+    with _import_from(folder):
+        return pickle.loads(content)

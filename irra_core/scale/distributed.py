@@ -171,7 +171,8 @@ def launched(module: str, folder: Path, processes: int, progress=None) -> Iterat
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
     )
     bar, last, error, killed = _OthersBar(progress), deque(maxlen=30), None, None
     try:

@@ -8,25 +8,31 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
-from irra_core.settings import cores
+from irra_core.settings import cores, default_device
 
 
 def peak_memory() -> int:
-    """This process's peak memory in bytes, on Linux since `forget_peak`."""
+    """This process's peak memory in bytes, on Linux since `forget_peak`, elsewhere since it began."""
     status = Path("/proc/self/status")  # `getrusage` there also counts the process that started this one
-    if found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text() if status.exists() else ""):
+    if found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8") if status.exists() else ""):
         return int(found[1]) * 1024
-    import resource
-
+    held = psutil.Process().memory_info()
+    if (peak := getattr(held, "peak_wset", None)) is not None:  # Windows
+        return peak
+    try:
+        import resource
+    except ImportError:
+        return held.rss
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def forget_peak() -> None:
     """Measure peak memory from now on, of the GPU too; that of the process only where the system can (Linux)."""
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
@@ -57,7 +63,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "device": torch.cuda.get_device_name() if cuda else default_device().type,
         "cuda": torch.version.cuda if cuda else None,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "packages": {name: version(name) for name in packages},
@@ -67,5 +73,5 @@ def machine() -> dict[str, Any]:
 def _processor() -> str:
     """The processor's model name, or the platform's general name if the system does not give it."""
     info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text(encoding="utf-8")) if info.exists() else None
     return found.group(1).strip() if found else platform.processor()

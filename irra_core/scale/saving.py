@@ -55,7 +55,7 @@ class Saver:
         selected = step == about["best"][0]
         weights = {f"model.{name}": value for name, value in weights_of(model).items()} if selected else {}
         copies, copied = self.host.of(state | weights)
-        history, said = DataFrame(about["history"]).to_csv(index=False), json.dumps(about)
+        history, said = DataFrame(about["history"]).to_csv(index=False, lineterminator="\n"), json.dumps(about)
         described = _described(model, self.recipe, step)
 
         def write() -> None:
@@ -162,7 +162,8 @@ def load_state(path: Path) -> State:
     for name, tensor in tensors.items():
         if name.startswith("optimiser."):
             _, index, moment = name.split(".")
-            moments.setdefault(int(index), {})[moment] = tensor
+            # A copy: the optimiser takes it as it is, and would keep the file mapped, which the next save replaces.
+            moments.setdefault(int(index), {})[moment] = tensor.clone()
     weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
     try:
         return State(weights, moments, json.loads(metadata["run"]))

@@ -36,6 +36,7 @@ from irra_core.search.hnsw import GRAPH
 from irra_core.search.nearest import Memory, Shard
 from irra_core.search.photo_table import photo_id
 from irra_core.search.stores import check_index, feature_width, model_fingerprint
+from irra_core.settings import WINDOWS, put_in_place
 
 FORMAT = 2  # written; format 1 can still be read
 HEAD = "gallery.json"
@@ -70,7 +71,7 @@ def _build_lock(folder: Path, number: str, wait: float = 0.0) -> Iterator[None]:
     except Timeout:
         holder = ""
         with suppress(OSError):  # released just now, or on Windows, where a locked file cannot be read
-            holder = path.read_text()
+            holder = path.read_text(encoding="utf-8")
         what = "" if number == "alone" else f" as process {number}"
         raise RuntimeError(
             f"{folder} is being built{what} by {holder or 'another process'}: wait for it, or end it"
@@ -180,8 +181,8 @@ def save_folder(folder: Path, model, store: Memory) -> None:
             _write_part(aside, store.images, store.features)
             store.save_graph(aside)
             if folder.exists():
-                folder.replace(old)
-            aside.replace(folder)
+                put_in_place(folder, old)
+            put_in_place(aside, folder)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             if old.exists() and not folder.exists():
@@ -302,6 +303,8 @@ def _read_part(path: Path, dim: int) -> Shard:
         if (CHECKSUM in metadata or not earlier) and metadata.get(CHECKSUM) != checksum(arrays, metadata):
             raise ValueError("its checksum does not match its content")
         photos, features = (_format_1 if earlier else _rows)(arrays, path), arrays["features"].numpy()
+        if WINDOWS:  # a file that stayed mapped could not be replaced by the next save
+            features = features.copy()
         if features.dtype != np.float32 or features.shape != (len(photos), dim):
             raise ValueError(f"features are {features.dtype} {features.shape}, expected float32 {(len(photos), dim)}")
     except PermissionError as error:

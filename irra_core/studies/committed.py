@@ -21,7 +21,7 @@ from irra_core import runs
 from irra_core.annotations import DATA_SETS
 from irra_core.backbone import GENERAL, learned
 from irra_core.recipes import RENDERED, Recipe, read_recipe
-from irra_core.settings import SMOKE_IDENTITIES, data_root, project_root, reports_root, smoke
+from irra_core.settings import SMOKE_IDENTITIES, data_root, project_root, put_in_place, reports_root, smoke
 from irra_core.studies.tables import files_below
 from irra_core.synthetic.people import MARKER, RENDERING, arguments_of, make_synthetic
 
@@ -75,7 +75,7 @@ def find(recipe: Recipe, data: str = "", root: str | Path | None = None) -> Path
     for parent in [root] if root else [committed_root(), SHIPPED]:
         folder = Path(parent) / run_key(recipe, data)
         complete = (folder / RUN).is_file() and (folder / RANKS).is_file()
-        if complete and json.loads((folder / RUN).read_text())["format"] == FORMAT:
+        if complete and json.loads((folder / RUN).read_text(encoding="utf-8"))["format"] == FORMAT:
             return folder
     return None
 
@@ -107,14 +107,14 @@ def export_run(path: str | Path, root: str | Path | None = None, replace: bool =
         kept |= {name: run[name] for name in ("metrics", "machine")} | {"parameters": parameters(path)}
         kept["seconds"] = run_seconds(path)
         runs.write_text(aside / RUN, json.dumps(kept, indent=1) + "\n")
-        runs.write_text(aside / "history.csv", (path / "history.csv").read_text())
+        runs.write_text(aside / "history.csv", (path / "history.csv").read_text(encoding="utf-8"))
         write_ranks(aside / RANKS, run["queries"])
         for file in others:
             shutil.copy(file, aside)
         aside.chmod(0o755)
         if folder.exists():
             shutil.rmtree(folder)
-        aside.rename(folder)
+        put_in_place(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return folder
@@ -131,7 +131,7 @@ def tested_people(recipe: Recipe) -> int | None:
 def write_ranks(file: Path, queries: DataFrame) -> None:
     """Write what the tables need of queries.csv, compressed; the same table gives the same bytes."""
     table = queries[COLUMNS].astype({"hard": int}).round({"AP": DIGITS, "INP": DIGITS})
-    text = table.to_csv(index=False, float_format=f"%.{DIGITS}f").replace(".0000", "")
+    text = table.to_csv(index=False, float_format=f"%.{DIGITS}f", lineterminator="\n").replace(".0000", "")
     with runs.replaced(file) as aside:
         aside.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
 
@@ -147,7 +147,7 @@ def load(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not (path / RUN).is_file():
         return runs.load_run(path) | {"parameters": parameters(path)}
-    kept = json.loads((path / RUN).read_text())
+    kept = json.loads((path / RUN).read_text(encoding="utf-8"))
     kept["recipe"] = read_recipe(kept["recipe"])
     return kept | {"history": pd.read_csv(path / "history.csv"), "queries": read_ranks(path / RANKS)}
 
@@ -166,7 +166,7 @@ def run_seconds(path: str | Path) -> float:
     """The seconds that a finished run took: its notebook if there is one, else training and evaluations."""
     path = Path(path)
     if (path / RUN).is_file():
-        return float(json.loads((path / RUN).read_text())["seconds"])
+        return float(json.loads((path / RUN).read_text(encoding="utf-8"))["seconds"])
     if (notebook := path / "train.ipynb").exists():
         duration = nbformat.read(notebook, 4).metadata.get("papermill", {}).get("duration")
         if duration is not None:

@@ -22,7 +22,17 @@ from irra_core.backbone import WEIGHT_SUFFIXES
 from irra_core.hub.tags import download
 from irra_core.images import open_annotations
 from irra_core.recipes import PRESETS, RENDERED, Recipe, recipe
-from irra_core.settings import cores, notebooks_root, project_root, reports_root, runs_root, smoke, unknown
+from irra_core.settings import (
+    cores,
+    default_device,
+    notebooks_root,
+    project_root,
+    put_in_place,
+    reports_root,
+    runs_root,
+    smoke,
+    unknown,
+)
 from irra_core.studies import committed
 from irra_core.studies.committed import DONE
 from irra_core.studies.sizes import domains, sized
@@ -279,7 +289,7 @@ def estimate(
 
 def _measured_steps() -> dict[tuple, float]:
     """`_alike` of a recipe → median training seconds per step of the finished runs on this device."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else default_device().type
     seconds: dict[tuple, list[float]] = {}
     for file in files_below(reports_root(), "/metrics.json"):
         try:
@@ -390,7 +400,7 @@ def _download_weights(waiting: list[_Job]) -> None:
 
 
 def _start(job: _Job, notebook: Path, data_root: str | Path | None, slot: int, workers: int) -> _Job:
-    """Start a run's notebook in a new session, so that an interrupt reaches it through _stop only."""
+    """Start a run's notebook in a session of its own, so that an interrupt reaches it through _stop only."""
     job.folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(notebook), str(job.folder / ".train.ipynb")]
     given = {"dataset": job.recipe.dataset} | job.recipe.differences()
@@ -411,6 +421,7 @@ def _start(job: _Job, notebook: Path, data_root: str | Path | None, slot: int, w
         stdout=subprocess.DEVNULL,
         stderr=job.log,
         start_new_session=True,
+        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # the same on Windows
     )
     return job
 
@@ -431,13 +442,13 @@ def _end(job: _Job) -> None:
         silent = f"the notebook ended with status {job.process.returncode} and left no finished run in {job.folder}"
         job.error = lines[-1] if lines and job.process.returncode else silent
     if executed.exists():
-        os.replace(executed, job.folder / ("train.ipynb" if ok else "failed.ipynb"))
+        put_in_place(executed, job.folder / ("train.ipynb" if ok else "failed.ipynb"))
     if ok:
         (job.folder / "failed.ipynb").unlink(missing_ok=True)
 
 
 def _stop(running: list[_Job]) -> None:
-    """End running notebooks; papermill ends its kernel when it is terminated."""
+    """End running notebooks; a terminated papermill ends its kernel, which on Windows ends by itself."""
     for job in running:
         job.process.terminate()
     for job in running:
@@ -498,7 +509,7 @@ def save_study(folder: Path, tables: Mapping[str, DataFrame], figures: Mapping[s
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, table in tables.items():
-        runs.write_text(folder / f"{name}.csv", table.to_csv(index=False))
+        runs.write_text(folder / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
         written.append(f"{name}.csv")
     for name, figure in (figures or {}).items():
         for suffix in ("svg", "png"):

@@ -1,5 +1,6 @@
 """Code of the released names is run from its folder, in single precision on a CPU, and leaves nothing behind."""
 
+import multiprocessing
 import sys
 
 import pytest
@@ -90,7 +91,12 @@ def test_the_released_step_sees_the_same_batch_padded_and_moves_its_weights(code
     assert (theirs.weight < before).all()
 
 
-def test_the_released_evaluation_and_loader_read_the_photos_and_captions(code, tiny, annotations):
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_the_released_evaluation_and_loader_read_the_photos_and_captions(code, tiny, annotations, start, monkeypatch):
+    if start not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"this system has no {start}")
+    monkeypatch.setattr(released, "START", start)
+    monkeypatch.setattr(released, "WORKERS", 1)
     theirs = released.build(code, irra.build_model(tiny, 10), tiny, CPU)
     assert 0 <= released.evaluate(code, theirs, annotations, tiny) <= 100
     batches = list(released.train_loader(code, annotations, tiny))

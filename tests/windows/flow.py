@@ -98,7 +98,8 @@ def galleries(run: Path, folder: Path) -> None:
         loaded.save(folder / index)
         assert len(irra.Gallery.load(folder / index, model)) == len(gallery) - 1
         assert list(loaded.search("a man in a red coat", k=3).columns) == list(first.columns)
-        loaded.save(folder / index)
+        irra.Gallery.load(folder / index, model).save(folder / index)  # of one part, which is not concatenated
+    assert sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock")) == ["exact", "hnsw"]
     for _ in range(2):
         found = kept.kept_gallery(model, table, recipe=recipe)
     explorer = irra.QueryExplorer(found, table, query="a man in a red coat")

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import nbformat
@@ -53,16 +54,29 @@ def _plain(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
     if "image/png" in data:
         output.data = {"image/png": data["image/png"]}
     elif "text/html" in data:
-        tables = BeautifulSoup(data["text/html"], "html.parser").find_all("table")
-        shown = "\n\n".join(_table(table) for table in tables)
-        output.data = {"text/markdown": shown} if shown else {"text/plain": data.get("text/plain", "")}
+        content = BeautifulSoup(data["text/html"], "html.parser")
+        shown = "\n\n".join(_table(table) for table in content.find_all("table"))
+        output.data = {"text/markdown": shown} if shown else {"text/plain": _text(content, data)}
     return output
+
+
+def _text(content: BeautifulSoup, data: Mapping[str, str]) -> str:
+    """What HTML without a table says as plain text: the object's own text, else the HTML's, one line per block."""
+    if not (plain := data.get("text/plain", "")).startswith("<IPython."):
+        return plain
+    for block in content.find_all(["p", "div", "li", "br"]):
+        block.append("\n")
+    for above in content.find_all("rt"):  # the word to predict above a mask
+        above.string = f" ({above.get_text()})"
+    lines = (" ".join(line.split()) for line in content.get_text().splitlines())
+    return "\n".join(line for line in lines if line)
 
 
 def _table(table) -> str:
     """An HTML table as a Markdown table: the rows of its head are joined into one."""
-    head = _grid(table.select("thead tr"))
-    body = _grid(table.select("tbody tr") or ([] if head else table.find_all("tr")))
+    rows = table.find_all("tr")
+    named = table.select("thead tr") or [row for row in rows[:1] if not row.find("td")]
+    head, body = _grid(named), _grid([row for row in rows if not any(row is each for each in named)])
     width = max(map(len, head + body))
     head, body = ([row + [""] * (width - len(row)) for row in rows] for rows in (head, body))
     joined = [" ".join(dict.fromkeys(part for part in column if part)) for column in zip(*head)] or [""] * width

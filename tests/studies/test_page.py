@@ -69,6 +69,22 @@ def test_the_heads_of_a_table_with_two_rows_of_names_are_joined(tmp_path):
     assert "| sdm | 1 | 2 | 3 |" in lines
 
 
+def test_a_first_row_of_names_is_the_head_of_a_table_that_marks_none(tmp_path):
+    html = "<table><tr><th>field</th><th>value</th></tr><tr><td>epochs</td><td>4</td></tr></table>"
+    nbformat.write(executed(shown(html=html, plain="")), tmp_path / "a.ipynb")
+    lines = write_markdown(tmp_path / "a.ipynb", tmp_path).read_text().splitlines()
+    place = lines.index("| field | value |")
+    assert lines[place : place + 3] == ["| field | value |", "| --- | --- |", "| epochs | 4 |"]
+
+
+def test_html_without_a_table_or_a_text_of_its_own_is_shown_as_its_text(tmp_path):
+    html = "<p>a man in <s>red</s> &lt; <ruby>[MASK]<rt>blue</rt></ruby></p>\n<p>a  <b>woman</b></p>"
+    nbformat.write(executed(shown(html=html, plain="<IPython.core.display.HTML object>")), tmp_path / "a.ipynb")
+    text = write_markdown(tmp_path / "a.ipynb", tmp_path).read_text()
+    assert "    a man in red < [MASK] (blue)\n    a woman\n" in text
+    assert "IPython" not in text
+
+
 def test_a_cell_over_several_rows_is_repeated_in_each(tmp_path):
     index = pd.MultiIndex.from_product([["small", "large"], ["cross", "co", "merged"]])
     table = pd.DataFrame({"ms": range(6), "times": range(6, 12)}, index=index)

@@ -11,6 +11,7 @@ import errno
 import multiprocessing
 import os
 import sys
+import types
 import warnings
 
 MODULES = ("fcntl", "resource", "pwd", "grp", "termios")
@@ -27,6 +28,7 @@ EXEMPT = {
     "zmq": "polls by select",
     "asyncio": "has another event loop",
     "tornado": "has another event loop",
+    "platformdirs": "has a module for each system",
     "getpass": "reads the console",
     "tty": "is absent too",
     "pty": "is absent too",
@@ -34,6 +36,7 @@ EXEMPT = {
 THROUGH = ("pathlib", "shutil", "os", "contextlib", __name__)  # callers that only pass a call on
 
 _import = builtins.__import__
+ABSENT = {name: getattr(os, name) for name in FUNCTIONS}
 _replace, _rename, _unlink, _fsync = os.replace, os.rename, os.unlink, os.fsync
 
 
@@ -42,6 +45,8 @@ def restricted_import(name, globals=None, locals=None, fromlist=(), level=0):
     importer = (globals or {}).get("__name__", "").partition(".")[0]
     if name in MODULES and importer not in EXEMPT:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    if name == "os" and importer in EXEMPT and not ABSENT.keys().isdisjoint(fromlist or ()):
+        return types.SimpleNamespace(**vars(os), **ABSENT)
     found = _import(name, globals, locals, fromlist, level)
     if name.partition(".")[0] == "irra_core" and "irra_core.settings" in sys.modules:
         sys.modules["irra_core.settings"].WINDOWS = True

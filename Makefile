@@ -1,6 +1,7 @@
 # Every target does its own set-up: a machine with Python 3.11 or newer and make needs nothing else (on Windows Git Bash).
 PYTHON ?= $(if $(filter Windows_NT,$(OS)),python,python3)
-BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+PROGRAMS := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
+BIN := .venv/$(PROGRAMS)
 UV := uv==0.13.9
 PACKAGING := build==1.6.1 twine==7.0.0
 REPORTS := $(or $(IRRA_REPORTS),reports)
@@ -69,16 +70,16 @@ browser: .venv/ready  ## Chromium, in which make test uses the explorer; without
 release:  ## sdist and wheel in dist/, checked; TAG=v0.1.0 must be the version's; needs no other environment, publishes nothing
 	rm -rf dist build irra_core.egg-info
 	$(PYTHON) -m venv build/packaging
-	build/packaging/bin/python -m pip install --quiet --disable-pip-version-check $(PACKAGING)
-	build/packaging/bin/python -m build --outdir dist .
-	build/packaging/bin/python -m twine check --strict dist/*
-	build/packaging/bin/python tests/release.py dist $(TAG)
+	build/packaging/$(PROGRAMS)/python -m pip install --quiet --disable-pip-version-check $(PACKAGING)
+	build/packaging/$(PROGRAMS)/python -m build --outdir dist .
+	build/packaging/$(PROGRAMS)/python -m twine check --strict dist/*
+	build/packaging/$(PROGRAMS)/python tests/release.py dist $(TAG)
 
 docs: .venv-docs/ready  ## the website, in docs/_build/html, with its links checked; needs neither .venv nor torch
 	rm -rf docs/_build
-	.venv-docs/bin/python docs/site/sources.py docs/_build/source
-	.venv-docs/bin/python -m sphinx -q -W --keep-going -c docs/site docs/_build/source docs/_build/html
-	@.venv-docs/bin/python docs/site/check.py docs/_build/html
+	.venv-docs/$(PROGRAMS)/python docs/site/sources.py docs/_build/source
+	.venv-docs/$(PROGRAMS)/python -m sphinx -q -W --keep-going -c docs/site docs/_build/source docs/_build/html
+	@.venv-docs/$(PROGRAMS)/python docs/site/check.py docs/_build/html
 
 LOCK := pip compile --quiet --universal --upgrade --no-emit-index-url --no-header --generate-hashes
 lock: .venv/ready  ## refreshes requirements.lock, and the locks of the Milvus server and of the website, from pyproject.toml
@@ -104,5 +105,5 @@ lock: .venv/ready  ## refreshes requirements.lock, and the locks of the Milvus s
 
 .venv-docs/ready: requirements-docs.lock
 	$(PYTHON) -m venv .venv-docs
-	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.lock
+	.venv-docs/$(PROGRAMS)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.lock
 	@touch .venv-docs/ready

@@ -48,8 +48,10 @@ studies: .venv/ready  ## the paper's five questions, then the page of results; A
 report: .venv/ready  ## every finished run and study on one page, index.html in the reports folder
 	@$(BIN)/irra report
 
-lab: .venv/ready  ## JupyterLab in the notebooks folder
-	$(BIN)/jupyter lab --notebook-dir=.
+lab: .venv/ready  ## JupyterLab, on this machine only, to who has the token; ARGS="--ip=0.0.0.0" for a container's published port
+	@if [ "$$(id -u)" = 0 ]; then root=--allow-root; \
+		echo "You are root, as in a container: whoever has the token of the address below is root here too."; fi; \
+	exec $(BIN)/jupyter lab --notebook-dir=. $$root $(ARGS)
 
 explorer: .venv/ready  ## serves the explorer without its code, on this machine only, to who has the token; it loads nothing from elsewhere
 	@$(BIN)/irra explore $(ARGS)

@@ -54,17 +54,17 @@ def description(model: IRRA, recipe: Recipe) -> dict[str, str]:
 
 
 def load_checkpoint(
-    path: str | Path, finite: bool = True, device: str | torch.device | None = None
+    path: str | Path, finite: bool = True, device: str | torch.device | None = None, read: Callable = read_weights
 ) -> tuple[IRRA, Recipe]:
     """The model that `save_checkpoint` wrote, and its recipe; what was frozen, is.
 
     `device` is by default the GPU if there is one. On a CPU the weights stay in the file, which may be replaced but not
-    be written over while the model is used. Raises ValueError for any other file, and for weights that are not finite
-    unless `finite` is False.
+    be written over while the model is used. On the device meta `read` may give tensors without numbers, as a header
+    describes them. Raises ValueError for any other file, and unless `finite` is False for weights that are not finite.
     """
     from irra_core.variants.adapters import is_adapter
 
-    tensors, metadata = read_weights(path)
+    tensors, metadata = read(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is no checkpoint of this library: read one of the released code's with load_official")
     try:
@@ -74,7 +74,8 @@ def load_checkpoint(
             f"{path} does not say what model it holds ({error}): read it with the version of this library that wrote it"
         ) from error
     tensors = learned(tensors)
-    check_weights(tensors, str(path), finite)
+    if device != "meta":
+        check_weights(tensors, str(path), finite)
     _check_sizes(tensors, recipe, num_ids, path)
     rank = recipe.adapter_rank if any(is_adapter(name) for name in tensors) else 0
     plain = recipe.replace(pretrained="none", pretrained_towers="both", adapter_rank=rank)
@@ -148,8 +149,6 @@ def open_checkpoint(
             raise ValueError(
                 f"{path} knows its image size and stride: leave them out, they are for released .pth files"
             )
-        if suffix == ".safetensors":
-            return load_checkpoint(path)
         from irra_core.hub.sources import load_model
 
         return load_model(path)

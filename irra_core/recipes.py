@@ -38,7 +38,6 @@ BOUNDS = {  # how a field's numbers can be bounded: the comparison and its words
     "below": (operator.lt, "below"),
 }
 
-
 # The little CLIP of the synthetic recipe: ViT of width 128, 3 layers, patch 8. Its numbers were chosen on val.
 SMALL = {
     "pretrained": "general",
@@ -109,7 +108,7 @@ class Recipe:
     identities: int | None = _number(None, "none: all; else about this many, spread over the splits", least=6)
     preset: str = _number("paper", "study: short; domain: weights of people; released, tbps: as that code", PRESETS)
     backbone: str = _number("ViT-B-16-quickgelu", "paper: CLIP ViT-B/16; `small` is the synthetic recipe's")
-    pretrained: str = _number("openai", "an open_clip tag, a file, `general` (small only) or `none`")
+    pretrained: str = _number("openai", "an open_clip tag, a file, hub:owner/name, `general` (small only) or `none`")
     pretrained_towers: str = _number("both", "paper; the other encoder stays random", ("both", "image", "text"))
     frozen: str = _number("none", "encoders that are not trained; paper: none", ("none", "image", "text", "both"))
     adapter_rank: int = _number(0, "0: none, as the paper; else encoders train only changes of this rank", least=0)
@@ -209,9 +208,9 @@ class Recipe:
 def recipe(dataset: str = "synthetic", *, _smoke: bool | None = None, **overrides: Any) -> Recipe:
     """The recipe of a data set (a name in RECIPES, or the path of an annotation file) with some fields overridden.
 
-    An override of None means "what the recipe says". With IRRA_SMOKE=1 in the environment the run is shrunk to at
-    most 24 identities and 3 steps. Raises ValueError for an unknown field, data set, loss or backbone, and TypeError
-    for a value of the wrong type; each names the field, the nearest accepted name and what is accepted.
+    An override of None means "what the recipe says". With IRRA_SMOKE=1 in the environment the run is shrunk to at most
+    24 identities and 3 steps. A model of the hub gets its commit. Raises ValueError for an unknown field, data set,
+    loss or backbone, TypeError for a value of the wrong type; each names the field, the nearest name and the accepted.
     """
     given = {n: v for n, v in overrides.items() if v is not None or n not in Recipe.__dataclass_fields__}
     given = _accepted(given | {"dataset": dataset})  # an unknown name is refused whatever its value
@@ -223,6 +222,10 @@ def recipe(dataset: str = "synthetic", *, _smoke: bool | None = None, **override
     if smoke() if _smoke is None else _smoke:
         values["identities"] = min(values["identities"] or SMOKE_IDENTITIES, SMOKE_IDENTITIES)
         values["max_steps"] = min(values["max_steps"] or SMOKE_STEPS, SMOKE_STEPS)
+    if values["pretrained"].startswith("hub:"):
+        from irra_core.hub.repositories import pinned
+
+        values["pretrained"] = pinned(values["pretrained"])
     return Recipe(**values)
 
 
@@ -240,10 +243,7 @@ def check_processes(processes: int | None, chosen: Recipe) -> int:
     """The number of processes, 1 for None. Raises ValueError where a process would have no pair of a batch."""
     count = 1 if processes is None else processes
     if not 1 <= count <= chosen.batch_size:
-        raise ValueError(
-            f"processes is {processes}: accepted is from 1 to the batch size, {chosen.batch_size} pairs, which the "
-            "processes share"
-        )
+        raise ValueError(f"processes is {processes}: accepted is from 1 to the batch size, {chosen.batch_size}")
     return count
 
 
@@ -319,8 +319,9 @@ def _check_backbone(recipe: Recipe) -> None:
             "pretrained: give weights, or leave pretrained_towers at 'both'"
         )
     if recipe.backbone == "small":
-        if recipe.pretrained not in ("general", "none") and not Path(recipe.pretrained).suffix:
-            raise unknown("pretrained", recipe.pretrained, ("general", "none", "the path of a weights file"))
+        named = recipe.pretrained in ("general", "none") or recipe.pretrained.startswith("hub:")
+        if not named and not Path(recipe.pretrained).suffix:
+            raise unknown("pretrained", recipe.pretrained, ("general", "none", "hub:owner/name", "a weights file"))
         return
     from irra_core.hub.configurations import check_open_clip
 

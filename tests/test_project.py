@@ -69,7 +69,7 @@ ROOMS = {  # room → other rooms that it may import
     "studies": ["analysis", "hub", "released", "synthetic"],
     "explorer": ["analysis", "hub", "search"],
     "benchmark": ["released", "scale", "synthetic"],
-    "hub": ["released"],
+    "hub": ["analysis", "released"],
     "command": ["explorer", "hub", "scale", "search", "studies"],
 }
 # What a room may import of the core, where that is not all of it.

@@ -8,6 +8,7 @@ _HOMES = {
         "reliability calibration_error calibrated_temperature"
     ),
     "description": "describe",
+    "logs": "LOGS check_log logged",
     "words": "sample_masked masked_words",
 }
 __getattr__, __dir__, __all__ = lazily(__name__, _HOMES)

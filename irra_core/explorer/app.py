@@ -62,6 +62,7 @@ def load(settings: dict[str, Any], say: Callable[[str], None]) -> tuple[Any, lis
         explorer, left_out = _explorer(settings, say)
     ours = (ZERO_SHOT, RENDERED_ONLY)
     remarks = [remark for remark in ours if any(str(each.message) == remark for each in said)]
+    remarks += [str(each.message) for each in said if str(each.message).startswith("hub:")]  # which commit it is
     if left_out:
         remarks.append(f"{left_out:,} of the photos cannot be read and are left out.")
     return explorer, remarks

@@ -1,1 +1,1 @@
-"""The models that open_clip offers: their configurations, and their weights on the model hub."""
+"""Where models come from and go to: runs, open_clip's models and weights, repositories on the Hub."""

@@ -10,7 +10,8 @@ from irra_core.settings import project_root, runs_root, short
 
 WEIGHTS = "weights.safetensors"  # as in irra_core.runs, which imports torch
 SOURCES = (
-    "'latest', the folder or the name of a run, a weights file (.safetensors of a run, or a released .pth), or 'clip'"
+    "'latest', the folder or the name of a run, a weights file (.safetensors of a run, or a released .pth), "
+    "hub:owner/name, or 'clip'"
 )
 
 

@@ -1,4 +1,4 @@
-"""A run, a file, or "clip" → a model and its recipe."""
+"""A run, a file, a model of the Hub, or "clip" → a model and its recipe."""
 
 import os
 import warnings
@@ -9,10 +9,11 @@ import torch
 from irra_core.backbone import build_model, configuration
 from irra_core.checkpoints import load_checkpoint
 from irra_core.hub.configurations import OPENAI
-from irra_core.hub.runs import SOURCES, weights_file
+from irra_core.hub.repositories import hub_file, pinned
+from irra_core.hub.runs import weights_file
 from irra_core.model import IRRA
 from irra_core.recipes import Recipe, recipe
-from irra_core.settings import data_root, short
+from irra_core.settings import data_root
 
 CLIP_FILE, CLIP_HOME = "open_clip_model.safetensors", "https://huggingface.co/timm/vit_base_patch16_clip_224.openai"
 ZERO_SHOT = (
@@ -26,17 +27,21 @@ def load_model(source: str | Path, device: str | torch.device | None = None) -> 
     """The model of a source and its recipe, as `load_checkpoint` returns them.
 
     `source` is `latest` (the last finished run), the folder or the name of a run, a file of this library
-    (.safetensors) or of the released code (.pth), or `clip`: OpenAI's ViT-B/16 without fine-tuning, with a warning that
-    says how much worse it is. open_clip downloads its weights once; a file in the data folder is taken first. The
-    recipe of a released file and of `clip` is the paper's with the image size and stride that fit the model. `device`
-    is by default the GPU if there is one.
+    (.safetensors) or of the released code (.pth), `hub:owner/name@revision`, or `clip`: OpenAI's ViT-B/16 without
+    fine-tuning, with a warning that says how much worse it is. open_clip downloads its weights once; a file in the data
+    folder is taken first. The recipe of a released file and of `clip` is the paper's with the image size and stride
+    that fit the model. `device` is by default the GPU if there is one.
+
+    Of a repository of the Hub, as `push_to_hub` writes them, only weights.safetensors and recipe.json are fetched, into
+    the Hub's cache, which is enough without network. Without a revision the newest commit is taken, and a warning names
+    it.
 
     Raises FileNotFoundError, which says what to put where, for weights that are not there, and ValueError for a file of
     another kind or of sizes that no backbone has.
     """
     name = os.fspath(source)
     if name.startswith("hub:"):
-        raise ValueError(f"load_model({short(name)}): models of the hub cannot be loaded yet. Accepted are {SOURCES}")
+        return load_checkpoint(hub_file(pinned(name)), device=device)
     if name == "clip":
         warnings.warn(ZERO_SHOT, stacklevel=2)
         return _zero_shot(device)

@@ -1,4 +1,4 @@
-"""An open_clip tag → the file of its weights, downloaded once."""
+"""An open_clip tag, or a model of the Hub → the file of its weights, downloaded once."""
 
 import socket
 from pathlib import Path
@@ -6,15 +6,19 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from irra_core.backbone import configuration
+from irra_core.hub.repositories import hub_file
 from irra_core.settings import project_root, unknown
 
 
 def download(backbone: str, tag: str) -> Path:
     """The file of an open_clip tag: the one in the hub's cache, or downloaded by open_clip into it.
 
+    A tag of hub:owner/name@commit stands for the weights of a run that `push_to_hub` wrote there.
     Raises ValueError for a tag that the backbone does not have or that does not suit it, and FileNotFoundError, which
     says what to put where, when it cannot be had.
     """
+    if tag.startswith("hub:"):
+        return hub_file(tag)
     import open_clip  # here, because it takes longer to import than torch
     from huggingface_hub import constants, try_to_load_from_cache
 

@@ -95,11 +95,6 @@ def test_a_source_that_is_not_there_is_answered_with_what_is(run, reports):
             irra.load_model(source)
 
 
-def test_models_of_the_hub_are_refused_with_what_works():
-    with pytest.raises(ValueError, match=r"models of the hub cannot be loaded yet. Accepted are 'latest'"):
-        irra.load_model("hub:somebody/irra")
-
-
 @pytest.mark.parametrize(
     ("losses", "num_ids", "dataset"),
     [("sdm+id+mlm", 3701, "rstp"), ("sdm+id", 3102, "icfg"), ("sdm", 0, "cuhk")],

@@ -23,7 +23,7 @@ SECTIONS = {  # page → title, what it is about, and its names in the order of 
     "model": (
         "Model",
         "CLIP's two encoders, the interaction encoder, and weights from files, runs and hubs.",
-        "build_model IRRA Features load_model save_checkpoint load_checkpoint load_official save_official",
+        "build_model IRRA Features load_model push_to_hub save_checkpoint load_checkpoint load_official save_official",
     ),
     "losses": (
         "Losses",
@@ -33,7 +33,7 @@ SECTIONS = {  # page → title, what it is about, and its names in the order of 
     "training": (
         "Training and evaluation",
         "A recipe and a table become a run folder; a model and a table become scores with intervals.",
-        "train evaluate Evaluation retrieval_metrics published",
+        "train logged evaluate Evaluation retrieval_metrics published",
     ),
     "search": ("Search", "A sentence searches photos.", "Gallery kept_gallery QueryExplorer"),
 }

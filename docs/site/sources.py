@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = "reports/example"
 SECTIONS = {  # section → title, its pages in order; pages of docs/ that no section names come last in `reference`
     "guide": ("Guide", "results answers study_design paper_tables released_code"),
-    "how_to": ("How to", "own_photos data_sets explorer small_cards clusters methods"),
+    "how_to": ("How to", "own_photos hub data_sets explorer small_cards clusters logging methods"),
     "notebooks": ("Notebooks", ""),
     "api": ("API", ""),
     "reference": (

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument(
         "--model",
         metavar="SOURCE",
-        help="latest, a run, a checkpoint file or clip (default: the data set's newest run; for a folder clip)",
+        help="latest, a run, a checkpoint, hub:owner/name or clip (default: the data set's newest run; folder: clip)",
     )
     models.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two models, one ranking below the other")
     parser.add_argument("--port", type=int, default=8866, help="of the address (default: 8866)")

@@ -209,7 +209,7 @@ def load_clip_weights(clip: CLIP, path: str | Path, towers: str = "both") -> Non
     content, metadata = read_weights(path)
     where = f"weights file {path}"
     tensors = _clip_tensors(content, where)
-    clip.origin = origin(content, path)
+    clip.origin = origin(content, metadata, path)
     check_weights(tensors, where)
     if (name := "visual.positional_embedding") in tensors:
         positions = tensors[name]

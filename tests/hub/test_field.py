@@ -84,6 +84,14 @@ def test_weights_of_another_kind_are_not_marked(tiny, tmp_path):
             assert model.clip.origin == {}
 
 
+def test_weights_of_a_run_of_this_library_that_was_selected_on_test_are_marked(tiny, tmp_path):
+    model = build_model(tiny, 10, device="cpu")
+    irra.save_checkpoint(model, tiny.replace(select_on="test"), tmp_path / "own.safetensors")
+    with pytest.warns(UserWarning, match=r"own\.safetensors is of a run with select_on test"):
+        load_clip_weights(model.clip, tmp_path / "own.safetensors")
+    assert model.clip.origin == {"pretrained_on": "test"}
+
+
 def test_the_preset_has_the_published_fine_tuning_numbers():
     recipe = irra.recipe("cuhk", preset="domain")
     assert (recipe.batch_size, recipe.lr, recipe.epochs) == (128, 5e-6, 60)

@@ -11,6 +11,9 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 SECONDARY = dict.fromkeys(("released", "selection", "plugins", "noise"), 3)  # no primary hypothesis → seeds at most
 
+# Seeds that both sides of a primary comparison get on top if its interval is wider than planned (docs/study_design.md).
+MORE_SEEDS = {"full": 3}
+
 
 def sized(size: str, study: str = "", **given: Any) -> dict[str, Any]:
     """The arguments of `plan` in a size of SIZES: what is given (and not None) wins. Raises ValueError for a name."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float, Int
 from pandas import DataFrame
 
@@ -14,9 +15,9 @@ from irra_core.evaluation import METRICS
 from irra_core.metrics import INTERVAL, bootstrap_means
 from irra_core.recipes import RENDERED, Recipe
 from irra_core.settings import reports_root
-from irra_core.studies import committed, transfer
+from irra_core.studies import committed, grid, transfer
 from irra_core.studies.grid import plan, plan_transfer
-from irra_core.studies.sizes import domains, sized
+from irra_core.studies.sizes import MORE_SEEDS, domains, sized
 from irra_core.studies.tables import files_below
 
 DRAWS = 10_000  # of the bootstrap: the least p-value is 2 / 10,001
@@ -61,18 +62,18 @@ def verdict_table(
     seeds, people, queries, hours, command`. `gain` is in percentage points, paired over captions and seeds, `low` and
     `high` its unadjusted 95 % interval (`paired_bootstrap`), `half_width` half of its width, beside the `planned` one.
     `p_holm` adjusts over all hypotheses; one without runs has the verdict "not run" and counts as p 1. Before all seeds
-    of the size have run, the verdict is their number. `hours` are those of the question's runs added up; questions
-    share runs.
+    of the size have run, the verdict is their number; a comparison whose interval is wider than planned after them
+    needs MORE_SEEDS on top (`more_runs`). `hours` are those of the question's runs added up; questions share runs.
     """
-    known, seeds = _finished_here(), sized(size)["seeds"]
+    known = _finished_here()
     rows = [_row(name, each, size, known, root) for name, each in primary.items()]
     adjusted = holm([1.0 if np.isnan(row["p"]) else row["p"] for row in rows])
     for row, p in zip(rows, adjusted):
         row["p_holm"] = float("nan") if np.isnan(row["p"]) else p
         if np.isnan(row["p"]):
             row["verdict"] = "not run"
-        elif row["seeds"] < seeds:
-            row["verdict"] = f"{row['seeds']} of {seeds} seeds"
+        elif row["seeds"] < row["needed"]:
+            row["verdict"] = f"{row['seeds']} of {row['needed']} seeds"
         else:
             row["verdict"] = decided(row["gain"], p)
     columns = ["question", "claim", "variant", "reference", "metric", "gain", "low", "high", "p", "p_holm", "verdict"]
@@ -100,28 +101,56 @@ def _finished_here() -> dict[str, str]:
     return found
 
 
+def more_runs(size: str = "full", primary: Mapping[str, Hypothesis] = PRIMARY, root: Path | None = None) -> DataFrame:
+    """The runs on top, as `grid.plan_all` gives them, of comparisons that are wider than planned after all seeds."""
+    known, first = _finished_here(), sized(size)["seeds"]
+    parts = [grid.plan_all(size).head(0)]
+    for name, asked in primary.items():
+        if (needed := _row(name, asked, size, known, root)["needed"]) > first:
+            planned = _planned(asked, size, needed)
+            parts.append(planned[planned.seed >= first].assign(study=asked.study))
+    return pd.concat(parts, ignore_index=True)
+
+
 def _row(name: str, asked: Hypothesis, size: str, known: Mapping[str, str], root: Path | None) -> dict:
-    """A question's row without what depends on the other questions."""
-    given = sized(size)
-    if asked.study == "transfer":
-        planned = plan_transfer(domains(size), **{key: value for key, value in given.items() if key != "dataset"})
-    else:
-        planned = plan(asked.study, **given)
-    found = planned.assign(path=[_folder(recipe, known, root) for recipe in planned.recipe])
-    have = found.dropna(subset="path")
-    paired = _transferred(asked, have) if asked.study == "transfer" else _compared(asked, have)
-    row = {"question": name, "claim": asked.claim, "variant": asked.variant, "reference": asked.reference}
-    seconds = [committed.run_seconds(path) for path in dict.fromkeys(have.path)]
-    row |= {"metric": asked.metric, "planned": asked.planned, "hours": sum(seconds) / 3600}
+    """A question's row without what depends on the other questions; `needed` is the number of seeds for a verdict."""
+    seeds = sized(size)["seeds"]
+    row = _with_seeds(asked, size, seeds, known, root)
+    more = MORE_SEEDS.get(size, 0)
+    if more and row.get("seeds") == seeds and row["half_width"] > asked.planned:
+        seeds += more
+        row = _with_seeds(asked, size, seeds, known, root)
+    row |= {"question": name, "claim": asked.claim, "variant": asked.variant, "reference": asked.reference}
+    row |= {"metric": asked.metric, "planned": asked.planned, "needed": seeds}
     notebook = "transfer.ipynb" if asked.study == "transfer" else "ablation.ipynb"
     chosen = "" if asked.study == "transfer" else f" -p study {asked.study}"
     row["command"] = f"papermill notebooks/{notebook} out.ipynb{chosen}{'' if size == 'full' else f' -p size {size}'}"
+    return row
+
+
+def _with_seeds(asked: Hypothesis, size: str, seeds: int, known: Mapping[str, str], root: Path | None) -> dict:
+    """What the runs of these seeds say: gain, interval, p, their numbers, and the hours of the study's runs."""
+    planned = _planned(asked, size, seeds)
+    found = planned.assign(path=[_folder(recipe, known, root) for recipe in planned.recipe])
+    have = found.dropna(subset="path")
+    paired = _transferred(asked, have) if asked.study == "transfer" else _compared(asked, have)
+    row = {"hours": sum(committed.run_seconds(path) for path in dict.fromkeys(have.path)) / 3600}
     if paired is None:
         return row | dict.fromkeys(("gain", "low", "high", "p", "half_width"), float("nan"))
     values, pids = paired
     gain, low, high, p = paired_bootstrap(values, pids)
     row |= {"gain": gain, "low": low, "high": high, "p": p, "half_width": (high - low) / 2}
     return row | {"seeds": len(values), "people": len(np.unique(pids)), "queries": len(pids)}
+
+
+def _planned(asked: Hypothesis, size: str, seeds: int) -> DataFrame:
+    """The study's runs; of seeds beyond those of its size only the two sides that are compared."""
+    given = sized(size)
+    if asked.study == "transfer":
+        others = {key: value for key, value in given.items() if key != "dataset"}
+        return plan_transfer(domains(size), **others | {"seeds": seeds})
+    planned = plan(asked.study, **given | {"seeds": seeds})
+    return planned[(planned.seed < given["seeds"]) | planned.variant.isin([asked.variant, asked.reference])]
 
 
 def _folder(recipe: Recipe, known: Mapping[str, str], root: Path | None) -> str | None:

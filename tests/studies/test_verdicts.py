@@ -1,6 +1,7 @@
 """Verdicts: p-values of plain loops, Holm's steps by their definition, a table from committed runs alone."""
 
 import csv
+import dataclasses
 import gzip
 import json
 from pathlib import Path
@@ -124,6 +125,33 @@ def test_nothing_is_decided_before_all_seeds_have_run(small, monkeypatch):
     table = verdicts.verdict_table("small", root=small).set_index("question")
     assert table.verdict["rq2"] == "2 of 3 seeds"  # contradicted by the two alone
     assert table.verdict["rq3"] == "not run"
+
+
+@pytest.fixture
+def narrow_plan(monkeypatch) -> dict[str, verdicts.Hypothesis]:
+    """rq1 and rq2, whose runs are there, with one seed, up to one more where the interval is wider than planned."""
+    monkeypatch.setitem(sizes.SIZES, "small", sizes.SIZES["small"] | {"seeds": 1})
+    monkeypatch.setitem(sizes.MORE_SEEDS, "small", 1)
+    return {
+        "rq1": dataclasses.replace(verdicts.PRIMARY["rq1"], planned=0.001),
+        "rq2": dataclasses.replace(verdicts.PRIMARY["rq2"], planned=50.0),
+    }
+
+
+def test_a_comparison_wider_than_planned_gets_more_seeds_and_another_does_not(small, narrow_plan):
+    table = verdicts.verdict_table("small", narrow_plan, root=small).set_index("question")
+    assert (table.seeds["rq1"], table.seeds["rq2"]) == (2, 1)
+    runs = verdicts.more_runs("small", narrow_plan, root=small)
+    assert set(zip(runs.study, runs.variant, runs.seed)) == {("rq1", "sdm+id", 1), ("rq1", "sdm+id+mlm", 1)}
+    assert [*runs.columns] == ["study", "variant", "seed", "recipe"]
+
+
+def test_without_these_seeds_nothing_is_decided_even_if_it_would_be(small, narrow_plan, monkeypatch):
+    monkeypatch.setitem(sizes.MORE_SEEDS, "small", 4)
+    wide = {"rq2": dataclasses.replace(narrow_plan["rq2"], planned=0.001)}
+    table = verdicts.verdict_table("small", wide, root=small).set_index("question")
+    assert table.p_holm["rq2"] < 0.05
+    assert table.verdict["rq2"] == "2 of 5 seeds"
 
 
 def test_transfer_gains_are_the_mean_over_all_data_sets_but_the_own_one(small):

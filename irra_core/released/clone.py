@@ -8,13 +8,12 @@ import importlib
 import importlib.util
 import io
 import os
-import pickle
 import sys
 import tempfile
 import types
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,14 +41,13 @@ START = "fork" if hasattr(os, "fork") and sys.platform != "darwin" else "spawn"
 
 
 class Code(NamedTuple):
-    """The imported modules of a clone that are timed, and `loaded`: all that these imported of it, by name."""
+    """The imported modules of a clone that are timed."""
 
     build: types.ModuleType
     solver: types.ModuleType
     metrics: types.ModuleType
     bases: types.ModuleType
     datasets: types.ModuleType
-    loaded: Mapping[str, types.ModuleType]
 
 
 class _Table:
@@ -80,8 +78,7 @@ def load_code(folder: str | Path) -> Code:
         )
     with _import_from(folder):
         try:
-            found = [importlib.import_module(name) for name in MODULES]
-            return Code(*found, {name: sys.modules[name] for name in sys.modules if name.split(".")[0] in PACKAGES})
+            return Code(*(importlib.import_module(name) for name in MODULES))
         except ImportError as error:
             raise ImportError(
                 f"the released code in {folder} cannot be imported ({error}): install the missing package, or omit the "
@@ -90,13 +87,12 @@ def load_code(folder: str | Path) -> Code:
 
 
 @contextlib.contextmanager
-def _import_from(folder: Path, loaded: Mapping[str, types.ModuleType] | None = None) -> Iterator[None]:
+def _import_from(folder: Path) -> Iterator[None]:
     """Context manager in which imports find the clone first, and stand-ins for packages that only its logs need.
 
-    `loaded` are modules of the clone that are not imported again. `sys.path` and `sys.modules` are restored at the end.
+    `sys.path` and `sys.modules` are restored at the end.
     """
     aside = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in PACKAGES}
-    sys.modules.update(loaded or {})
     stood_in = []
     for name, content in STAND_INS.items():
         if name not in sys.modules and importlib.util.find_spec(name) is None:
@@ -223,11 +219,9 @@ def evaluate(code: Code, model: nn.Module, annotations: DataFrame, recipe: Recip
     """R@1 in per cent of the test split by the released evaluation: decoding, encoding at 77 tokens, ranking."""
     queries = annotations[annotations.split == "test"]
     photos = queries.drop_duplicates("image_id")
-    size = (recipe.image_height, recipe.image_width)
-    transforms = code.datasets.build_transforms(img_size=size, is_train=False)
-    images = code.bases.ImageDataset(photos.pid.tolist(), photos.path.tolist(), transforms)
-    texts = code.bases.TextDataset(queries.pid.tolist(), queries.caption.tolist(), text_length=CONTEXT)
-    loaders = [_loader(code, dataset, batch_size=TEST_BATCH) for dataset in (images, texts)]
+    images = _Built(code, _images, photos.pid.tolist(), photos.path.tolist(), (recipe.image_height, recipe.image_width))
+    texts = _Built(code, _texts, queries.pid.tolist(), queries.caption.tolist())
+    loaders = [_loader(dataset, batch_size=TEST_BATCH) for dataset in (images, texts)]
     with as_released(next(model.parameters()).device):
         return float(code.metrics.Evaluator(*loaders).eval(model))
 
@@ -236,36 +230,52 @@ def train_loader(code: Code, annotations: DataFrame, recipe: Recipe) -> DataLoad
     """The released loader of shuffled train pairs, augmented and masked in worker processes."""
     train = annotations[annotations.split == "train"]
     rows = list(zip(train.pid.tolist(), train.image_id.tolist(), train.path.tolist(), train.caption.tolist()))
-    size = (recipe.image_height, recipe.image_width)
-    transforms = code.datasets.build_transforms(img_size=size, aug=True, is_train=True)
-    dataset = code.bases.ImageTextMLMDataset(rows, transforms, text_length=CONTEXT)
-    return _loader(code, dataset, code.datasets.collate, batch_size=recipe.batch_size, shuffle=True)
+    pairs = _Built(code, _pairs, rows, (recipe.image_height, recipe.image_width))
+    return _loader(pairs, batch_size=recipe.batch_size, shuffle=True, collate_fn=_Built(code, _collate))
 
 
-def _loader(code: Code, dataset, collate: Callable | None = None, **given) -> DataLoader:
+def _loader(dataset: "_Built", **given) -> DataLoader:
     """A loader with the released number of workers, at most one per core, that start as START says."""
-    if START != "fork":  # else a worker has the clone's modules
-        dataset, collate = _Sent(dataset, code), collate and _Sent(collate, code)
-    workers = min(WORKERS, cores())
-    return DataLoader(dataset, num_workers=workers, multiprocessing_context=START, collate_fn=collate, **given)
+    return DataLoader(dataset, num_workers=min(WORKERS, cores()), multiprocessing_context=START, **given)
 
 
-class _Sent:
-    """An object of a clone that a spawned worker receives as itself: it imports the clone's modules for it."""
+class _Built:
+    """An object of a clone, `make(code, *given)`; a spawned worker gets the clone's folder and builds it for itself."""
 
-    def __init__(self, inner: Any, code: Code):
-        self.inner, self.code = inner, code
+    def __init__(self, code: Code, make: Callable, *given: Any):
+        self.sent = (Path(code.build.__file__).parent.parent, make, *given)
+        self.inner = make(code, *given)
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return _rebuilt, self.sent
 
     def __len__(self) -> int:
         return len(self.inner)
 
-    def __reduce__(self) -> tuple[Callable, tuple[Path, bytes]]:
-        folder = Path(self.code.build.__file__).parent.parent
-        with _import_from(folder, self.code.loaded):
-            return _received, (folder, pickle.dumps(self.inner))
+    def __getitem__(self, place: int) -> Any:
+        return self.inner[place]
+
+    def __call__(self, batch: list) -> Any:
+        """For the function that joins a batch."""
+        return self.inner(batch)
 
 
-def _received(folder: Path, content: bytes) -> Any:
-    """What `_Sent` sent."""
-    with _import_from(folder):
-        return pickle.loads(content)
+def _rebuilt(folder: Path, make: Callable, *given: Any) -> _Built:
+    return _Built(load_code(folder), make, *given)
+
+
+def _images(code: Code, pids: list[int], paths: list[str], size: tuple[int, int]) -> Any:
+    return code.bases.ImageDataset(pids, paths, code.datasets.build_transforms(img_size=size, is_train=False))
+
+
+def _texts(code: Code, pids: list[int], captions: list[str]) -> Any:
+    return code.bases.TextDataset(pids, captions, text_length=CONTEXT)
+
+
+def _pairs(code: Code, rows: list[tuple], size: tuple[int, int]) -> Any:
+    transforms = code.datasets.build_transforms(img_size=size, aug=True, is_train=True)
+    return code.bases.ImageTextMLMDataset(rows, transforms, text_length=CONTEXT)
+
+
+def _collate(code: Code) -> Callable:
+    return code.datasets.collate

@@ -33,7 +33,8 @@ PAPERMILL = {  # papermill's options that give parameters: spellings → number 
     ("-f", "--parameters_file"): (1, "FILE", "parameters from a YAML file"),
 }
 QUIET = 12  # seconds without a line from the kernel, after which the running cell is named
-NOISE = b"[IPKernelApp] WARNING"  # such as: the kernel listens on this machine's loopback without encryption
+# Of the kernel: that it listens on this machine's loopback without encryption; that its end interrupted it.
+NOISE = (b"[IPKernelApp] WARNING", b"[IPKernelApp] ERROR | KeyboardInterrupt caught in kernel")
 MOST_LINES = 8  # of an error message
 
 

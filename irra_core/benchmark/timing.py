@@ -30,7 +30,7 @@ from irra_core.objective import loss_parts
 from irra_core.recipes import recipe
 from irra_core.released import clone as released
 from irra_core.scale.machine import machine
-from irra_core.settings import default_device, progress_bar, smoke, unknown
+from irra_core.settings import progress_bar, smoke, unknown
 from irra_core.training import build_optimiser
 
 FORMAT = 1  # of benchmark.json
@@ -82,7 +82,7 @@ def measure(
 def _device(name: str | None) -> torch.device:
     """The device of that name; without a name the GPU if there is one, else the CPU."""
     try:
-        device = torch.device(name or ("cuda" if default_device().type == "cuda" else "cpu"))
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise ValueError(f"device {name!r} is unknown: accepted are cpu and cuda") from error
     if device.type not in LIMIT_SIZES or (device.type == "cuda" and not torch.cuda.is_available()):

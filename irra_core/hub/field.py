@@ -1,4 +1,4 @@
-"""A weights file of a later paper → on which split its authors selected it, with a warning."""
+"""A weights file → whether its weights were selected on a test split, with a warning."""
 
 import json
 import warnings

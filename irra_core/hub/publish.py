@@ -88,9 +88,10 @@ def push_to_hub(
 def write_files(folder: Path, aside: Path, repository: str) -> Data:
     """Write a run's FILES into the folder `aside`; returns what its card says of the data."""
     run = runs.load_run(folder)
-    if load_checkpoint(folder / WEIGHTS, device="cpu")[1] != run["recipe"]:  # which checks every number
+    tensors, metadata = held = read_weights(folder / WEIGHTS)
+    _, theirs = load_checkpoint(folder / WEIGHTS, device="cpu", read=lambda _: held)  # which checks every number
+    if theirs != run["recipe"]:
         raise ValueError(f"{folder}: {RECIPE} and {WEIGHTS} are of different runs. Run it again")
-    tensors, metadata = read_weights(folder / WEIGHTS)
     public = _without_folders(run["recipe"])
     about = {name: metadata[name] for name in ("format", "num_ids", "step") if name in metadata}
     save_tensors(tensors, aside / WEIGHTS, about | {"recipe": public.to_json()})

@@ -144,14 +144,19 @@ def plan_transfer(datasets: Iterable[str], seeds: int = 3, **overrides: Any) -> 
     return table.head(2) if smoke() else table
 
 
+def plan_domains(size: str = "full", **given: Any) -> DataFrame:
+    """The runs of the study of transfer over the rendered domains of a size of SIZES."""
+    others = {name: value for name, value in sized(size, **given).items() if name != "dataset"}
+    return plan_transfer(domains(size), **others)
+
+
 def plan_all(size: str = "full", **given: Any) -> DataFrame:
     """The runs of every study in a size of SIZES, with the column `study` first, seed by seed.
 
     Several rows may share a recipe, which `run_all` runs once.
     """
     parts = [plan(name, **sized(size, name, **given)).assign(study=name) for name in STUDIES]
-    others = {name: value for name, value in sized(size, **given).items() if name != "dataset"}
-    parts.append(plan_transfer(domains(size), **others).assign(study="transfer"))
+    parts.append(plan_domains(size, **given).assign(study="transfer"))
     table = pd.concat(parts)[["study", "variant", "seed", "recipe"]]
     return table.sort_values("seed", kind="stable", ignore_index=True)
 

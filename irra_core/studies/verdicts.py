@@ -15,9 +15,9 @@ from irra_core.evaluation import METRICS
 from irra_core.metrics import INTERVAL, bootstrap_means
 from irra_core.recipes import RENDERED, Recipe
 from irra_core.settings import reports_root
-from irra_core.studies import committed, grid, transfer
-from irra_core.studies.grid import plan, plan_transfer
-from irra_core.studies.sizes import MORE_SEEDS, domains, sized
+from irra_core.studies import committed, transfer
+from irra_core.studies.grid import plan, plan_domains
+from irra_core.studies.sizes import MORE_SEEDS, sized
 from irra_core.studies.tables import files_below
 
 DRAWS = 10_000  # of the bootstrap: the least p-value is 2 / 10,001
@@ -104,7 +104,7 @@ def _finished_here() -> dict[str, str]:
 def more_runs(size: str = "full", primary: Mapping[str, Hypothesis] = PRIMARY, root: Path | None = None) -> DataFrame:
     """The runs on top, as `grid.plan_all` gives them, of comparisons that are wider than planned after all seeds."""
     known, first = _finished_here(), sized(size)["seeds"]
-    parts = [grid.plan_all(size).head(0)]
+    parts = [DataFrame(columns=["study", "variant", "seed", "recipe"])]
     for name, asked in primary.items():
         if (needed := _row(name, asked, size, known, root)["needed"]) > first:
             planned = _planned(asked, size, needed)
@@ -145,12 +145,10 @@ def _with_seeds(asked: Hypothesis, size: str, seeds: int, known: Mapping[str, st
 
 def _planned(asked: Hypothesis, size: str, seeds: int) -> DataFrame:
     """The study's runs; of seeds beyond those of its size only the two sides that are compared."""
-    given = sized(size)
     if asked.study == "transfer":
-        others = {key: value for key, value in given.items() if key != "dataset"}
-        return plan_transfer(domains(size), **others | {"seeds": seeds})
-    planned = plan(asked.study, **given | {"seeds": seeds})
-    return planned[(planned.seed < given["seeds"]) | planned.variant.isin([asked.variant, asked.reference])]
+        return plan_domains(size, seeds=seeds)
+    planned = plan(asked.study, **sized(size, seeds=seeds))
+    return planned[(planned.seed < sized(size)["seeds"]) | planned.variant.isin([asked.variant, asked.reference])]
 
 
 def _folder(recipe: Recipe, known: Mapping[str, str], root: Path | None) -> str | None:

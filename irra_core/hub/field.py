@@ -42,5 +42,5 @@ def origin(content: Mapping[str, Any], metadata: Mapping[str, str], path: str | 
 
 def _select_on(metadata: Mapping[str, str]) -> str | None:
     """What selected the weights of a file of this library; None for others."""
-    with suppress(ValueError, AttributeError, RecursionError):  # a recipe that cannot be read stops the reader of the weights later
+    with suppress(ValueError, AttributeError, RecursionError):  # what cannot be read is refused when the weights are
         return json.loads(metadata.get("recipe", "{}")).get("select_on")

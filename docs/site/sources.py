@@ -29,7 +29,11 @@ SECTIONS = {  # section → title, its pages in order; pages of docs/ that no se
 NOTEBOOKS = {  # in README's order; a study has a page of its own in `reports/example/studies`
     name: [] for name in ("irra_by_hand", "data", "train", "evaluate")
 }
-NOTEBOOKS |= {"ablation": ["rq1", "rq2", "rq3", "rq4"], "released_vs_paper": ["released"], "transfer": ["rq5"]}
+NOTEBOOKS |= {
+    "ablation": ["rq1", "rq2", "rq3", "rq4", "plugins", "noise"],
+    "released_vs_paper": ["released"],
+    "transfer": ["rq5"],
+}
 NOTEBOOKS |= {name: [] for name in ("losses", "attention", "similarity", "benchmark", "explorer")}
 LINK = re.compile(r"(?<!\\)(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 

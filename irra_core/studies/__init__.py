@@ -11,7 +11,7 @@ _HOMES = {
     "committed": "DONE export_run disagreement machines committed",
     "pictures": "picture",
     "page": "write_markdown",
-    "verdicts": "PRIMARY Hypothesis verdict_table verdicts",
+    "verdicts": "PRIMARY Hypothesis verdict_table more_runs with_more_seeds verdicts",
     "tables": "collect beside_published gains seconds_per_step",
 }
 __getattr__, __dir__, __all__ = lazily(__name__, _HOMES)

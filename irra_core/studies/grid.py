@@ -153,9 +153,9 @@ def plan_domains(size: str = "full", **given: Any) -> DataFrame:
 def plan_all(size: str = "full", **given: Any) -> DataFrame:
     """The runs of every study in a size of SIZES, with the column `study` first, seed by seed.
 
-    Several rows may share a recipe, which `run_all` runs once.
+    Several rows may share a recipe, which `run_all` runs once. `verdicts.more_runs` has the primary pairs' other seeds.
     """
-    parts = [plan(name, **sized(size, name, **given)).assign(study=name) for name in STUDIES]
+    parts = [plan(name, **sized(size, **given)).assign(study=name) for name in STUDIES]
     parts.append(plan_domains(size, **given).assign(study="transfer"))
     table = pd.concat(parts)[["study", "variant", "seed", "recipe"]]
     return table.sort_values("seed", kind="stable", ignore_index=True)

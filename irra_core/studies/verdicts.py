@@ -62,8 +62,8 @@ def verdict_table(
     seeds, people, queries, hours, command`. `gain` is in percentage points, paired over captions and seeds, `low` and
     `high` its unadjusted 95 % interval (`paired_bootstrap`), `half_width` half of its width, beside the `planned` one.
     `p_holm` adjusts over all hypotheses; one without runs has the verdict "not run" and counts as p 1. Before all seeds
-    of the size have run, the verdict is their number; a comparison whose interval is wider than planned after them
-    needs MORE_SEEDS on top (`more_runs`). `hours` are those of the question's runs added up; questions share runs.
+    have run that the comparison needs (see MORE_SEEDS and `more_runs`), the verdict is their number. `hours` are those
+    of the question's runs added up; questions share runs.
     """
     known = _finished_here()
     rows = [_row(name, each, size, known, root) for name, each in primary.items()]
@@ -102,23 +102,33 @@ def _finished_here() -> dict[str, str]:
 
 
 def more_runs(size: str = "full", primary: Mapping[str, Hypothesis] = PRIMARY, root: Path | None = None) -> DataFrame:
-    """The runs on top, as `grid.plan_all` gives them, of comparisons that are wider than planned after all seeds."""
-    known, first = _finished_here(), sized(size)["seeds"]
-    parts = [DataFrame(columns=["study", "variant", "seed", "recipe"])]
-    for name, asked in primary.items():
-        if (needed := _row(name, asked, size, known, root)["needed"]) > first:
-            planned = _planned(asked, size, needed)
-            parts.append(planned[planned.seed >= first].assign(study=asked.study))
-    return pd.concat(parts, ignore_index=True)
+    """The runs that the primary comparisons need beside those of `grid.plan_all`, as that gives them (MORE_SEEDS)."""
+    known = _finished_here()
+    parts = [_on_top(name, asked, size, known, root).assign(study=asked.study) for name, asked in primary.items()]
+    return pd.concat(parts, ignore_index=True)[["study", "variant", "seed", "recipe"]]
+
+
+def with_more_seeds(planned: DataFrame, study: str, size: str = "full", root: Path | None = None) -> DataFrame:
+    """The plan of a study in a size with the runs of `more_runs` that it needs; any other plan as it is."""
+    for name, asked in PRIMARY.items():
+        if asked.study == study and set(planned.recipe) == set(_planned(asked, size, sized(size)["seeds"]).recipe):
+            return pd.concat([planned, _on_top(name, asked, size, _finished_here(), root)], ignore_index=True)
+    return planned
+
+
+def _on_top(name: str, asked: Hypothesis, size: str, known: Mapping[str, str], root: Path | None) -> DataFrame:
+    """Both sides' runs of the seeds beyond those of the size."""
+    planned = _planned(asked, size, _row(name, asked, size, known, root)["needed"])
+    return planned[planned.seed >= sized(size)["seeds"]]
 
 
 def _row(name: str, asked: Hypothesis, size: str, known: Mapping[str, str], root: Path | None) -> dict:
     """A question's row without what depends on the other questions; `needed` is the number of seeds for a verdict."""
-    seeds = sized(size)["seeds"]
+    always, if_wide = MORE_SEEDS.get(size, (0, 0))
+    seeds = sized(size)["seeds"] + always
     row = _with_seeds(asked, size, seeds, known, root)
-    more = MORE_SEEDS.get(size, 0)
-    if more and row.get("seeds") == seeds and row["half_width"] > asked.planned:
-        seeds += more
+    if if_wide and row.get("seeds") == seeds and row["half_width"] > asked.planned:
+        seeds += if_wide
         row = _with_seeds(asked, size, seeds, known, root)
     row |= {"question": name, "claim": asked.claim, "variant": asked.variant, "reference": asked.reference}
     row |= {"metric": asked.metric, "planned": asked.planned, "needed": seeds}

@@ -131,7 +131,7 @@ def test_nothing_is_decided_before_all_seeds_have_run(small, monkeypatch):
 def narrow_plan(monkeypatch) -> dict[str, verdicts.Hypothesis]:
     """rq1 and rq2, whose runs are there, with one seed, up to one more where the interval is wider than planned."""
     monkeypatch.setitem(sizes.SIZES, "small", sizes.SIZES["small"] | {"seeds": 1})
-    monkeypatch.setitem(sizes.MORE_SEEDS, "small", 1)
+    monkeypatch.setitem(sizes.MORE_SEEDS, "small", (0, 1))
     return {
         "rq1": dataclasses.replace(verdicts.PRIMARY["rq1"], planned=0.001),
         "rq2": dataclasses.replace(verdicts.PRIMARY["rq2"], planned=50.0),
@@ -147,11 +147,26 @@ def test_a_comparison_wider_than_planned_gets_more_seeds_and_another_does_not(sm
 
 
 def test_without_these_seeds_nothing_is_decided_even_if_it_would_be(small, narrow_plan, monkeypatch):
-    monkeypatch.setitem(sizes.MORE_SEEDS, "small", 4)
+    monkeypatch.setitem(sizes.MORE_SEEDS, "small", (0, 4))
     wide = {"rq2": dataclasses.replace(narrow_plan["rq2"], planned=0.001)}
     table = verdicts.verdict_table("small", wide, root=small).set_index("question")
     assert table.p_holm["rq2"] < 0.05
     assert table.verdict["rq2"] == "2 of 5 seeds"
+
+
+def test_both_sides_always_have_more_seeds_than_the_other_variants(small, narrow_plan, monkeypatch):
+    monkeypatch.setitem(sizes.MORE_SEEDS, "small", (1, 0))
+    wide = {"rq2": dataclasses.replace(narrow_plan["rq2"], planned=0.001)}
+    assert verdicts.verdict_table("small", wide, root=small).verdict[0] == "contradicted"  # with both seeds
+    runs = verdicts.more_runs("small", wide, root=small)
+    assert set(zip(runs.variant, runs.seed)) == {("sdm", 1), ("itc", 1)}
+    planned = grid.plan("rq2", **sizes.sized("small"))
+    found = verdicts.with_more_seeds(planned, "rq2", "small", root=small)
+    assert [*found.recipe] == [*planned.recipe, *runs.recipe]
+    domains = grid.plan_domains("small")
+    assert len(verdicts.with_more_seeds(domains, "transfer", "small", root=small)) == 2 * len(domains) == 6
+    for study, other in {"rq2": grid.plan("rq2", **sizes.sized("small", epochs=2)), "noise": planned}.items():
+        assert verdicts.with_more_seeds(other, study, "small", root=small) is other
 
 
 def test_transfer_gains_are_the_mean_over_all_data_sets_but_the_own_one(small):
@@ -231,7 +246,8 @@ def test_every_interval_of_a_study_is_recomputed_from_the_committed_ranks(small,
 
 @pytest.mark.parametrize("study", [*grid.STUDIES])
 def test_the_intervals_of_the_example_studies_are_those_of_their_committed_ranks(study):
-    file, planned = REPORTS / study / "table.csv", grid.plan(study, **sizes.sized("full", study))
+    file = REPORTS / study / "table.csv"
+    planned = verdicts.with_more_seeds(grid.plan(study, **sizes.sized("full")), study)
     here = [recipe for recipe in planned.recipe if recipe.precision != "fp16"]  # which needs a GPU
     if not file.is_file() or any(committed.find(recipe) is None for recipe in here):
         pytest.skip("not all runs of this study are committed")

@@ -105,6 +105,16 @@ def masked_places(
     return at, real.flatten().nonzero()[:, 0], labels[masked]
 
 
+def steps_per_epoch(pids: Int[Tensor, " rows"], recipe: Recipe) -> int:
+    """Batches in which every caption comes once (see variants.balanced for `identity`); the last may be short."""
+    rows = len(pids)
+    if recipe.sampler == "identity":
+        from irra_core.variants.balanced import balanced_length
+
+        rows = balanced_length(pids, recipe.per_identity)
+    return -(-rows // recipe.batch_size)
+
+
 class Batches:
     """The batches of a run: `at(step)` depends on nothing but the arguments given here and the step.
 
@@ -125,11 +135,7 @@ class Batches:
         self.pids = torch.from_numpy(classes)
         self.images = torch.from_numpy(train.image_id.to_numpy(dtype=np.int64, copy=True))
         self._check()
-        self.epoch_rows = len(self.images)
-        if recipe.sampler == "identity":
-            from irra_core.variants.balanced import balanced_length
-
-            self.epoch_rows = balanced_length(self.pids, recipe.per_identity)
+        self.steps_per_epoch = steps_per_epoch(self.pids, recipe)
         self._shuffled = (-1, self.images)  # the last epoch asked for and its order
 
     def _check(self) -> None:
@@ -147,11 +153,6 @@ class Batches:
         if tuple(self.pixels.shape[2:]) != (height, width):
             found = "×".join(map(str, self.pixels.shape[2:]))
             raise ValueError(f"pixels are {found}, the recipe says {height}×{width}: decode them in the recipe's size")
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches in which every caption comes once (see variants.balanced for `identity`); the last may be short."""
-        return -(-self.epoch_rows // self.recipe.batch_size)
 
     def at(self, step: int, process: int = 0, processes: int = 1) -> Batch:
         """The batch of a step, counted from 0 over all epochs, or the part of it that is one process's.

@@ -19,6 +19,7 @@ from irra_core import runs
 from irra_core.analysis import plots
 from irra_core.annotations import hold_out
 from irra_core.backbone import WEIGHT_SUFFIXES
+from irra_core.batches import steps_per_epoch
 from irra_core.hub.tags import download
 from irra_core.images import open_annotations
 from irra_core.recipes import PRESETS, RENDERED, Recipe, recipe
@@ -254,10 +255,8 @@ def _take_committed(job: _Job, data: str) -> bool:
 def _steps(recipe: Recipe, annotations: DataFrame) -> int:
     """The number of optimiser steps of a run."""
     table = hold_out(annotations) if recipe.select_on == "val" else annotations
-    captions = table[table.split == "train"].pid.value_counts()
-    if recipe.sampler == "identity":  # each person's captions are filled up to whole groups
-        captions = -(-captions // recipe.per_identity) * recipe.per_identity
-    steps = recipe.epochs * -(-int(captions.sum()) // recipe.batch_size)
+    pids = torch.tensor(table[table.split == "train"].pid.to_numpy())
+    steps = recipe.epochs * steps_per_epoch(pids, recipe)
     return min(steps, recipe.max_steps or steps)
 
 

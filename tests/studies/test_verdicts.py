@@ -244,6 +244,12 @@ def test_every_interval_of_a_study_is_recomputed_from_the_committed_ranks(small,
     assert agrees(table, recomputed(small, recipes, reference, hard)) == (4 if study == "rq1" else 2)
 
 
+def test_the_answers_show_the_verdicts_of_the_committed_runs():
+    text = (REPORTS.parents[2] / "docs" / "answers.md").read_text(encoding="utf-8")
+    shown = text.partition("<!-- verdicts -->\n")[2].partition("<!-- /verdicts -->")[0]
+    assert shown == verdicts.to_markdown(verdicts.verdict_table())
+
+
 @pytest.mark.parametrize("study", [*grid.STUDIES])
 def test_the_intervals_of_the_example_studies_are_those_of_their_committed_ranks(study):
     file = REPORTS / study / "table.csv"

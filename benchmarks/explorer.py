@@ -18,6 +18,7 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import psutil
 from pandas import DataFrame
 from playwright.sync_api import Page, sync_playwright
 
@@ -110,7 +111,7 @@ def main() -> None:
             browser.close()
     found = {"benchmark": "explorer: key press to grid", "photos": PHOTOS, "presses": len(took)}
     found |= {"median_ms": round(float(np.median(took))), "p90_ms": round(float(np.quantile(took, 0.9)))}
-    print(json.dumps(found | {"cores": os.cpu_count(), "load_average": round(os.getloadavg()[0], 1)}))
+    print(json.dumps(found | {"cores": os.cpu_count(), "load_average": round(psutil.getloadavg()[0], 1)}))
 
 
 if __name__ == "__main__":

@@ -257,8 +257,9 @@ def table_digest(annotations: DataFrame) -> str:
 
 
 def common_folder(paths: list[str]) -> str:
-    """The deepest folder that holds all the files."""
-    return os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
+    """The deepest folder that holds all the files; empty if there are none, or they are on several drives."""
+    drives = {os.path.splitdrive(path)[0] for path in paths}
+    return os.path.commonpath([os.path.dirname(path) for path in paths]) if len(drives) == 1 else ""
 
 
 def named(file: Path) -> str:

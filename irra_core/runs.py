@@ -201,7 +201,9 @@ def load_run(path: str | Path) -> dict[str, Any]:
 
     Raises ValueError naming a file that cannot be read.
     """
-    path = Path(path)
+    from irra_core.hub.runs import linked
+
+    path = linked(Path(path))
     if (kept := _read(path / "recipe.json", _described)) is None:
         raise FileNotFoundError(errno.ENOENT, "no run is here: recipe.json is absent", str(path))
     for name in ("metrics", "machine"):

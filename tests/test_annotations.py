@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import ntpath
 import os
 import re
 import subprocess
@@ -427,6 +428,13 @@ def test_the_digest_is_the_same_on_another_disk_and_differs_for_any_change(tmp_p
         changed.loc[0, column] = value
         assert table_digest(changed) != digest
     assert table_digest(table.iloc[::-1]) != digest
+
+
+def test_photos_on_two_drives_have_no_common_folder(monkeypatch):
+    monkeypatch.setattr(module.os, "path", ntpath)
+    assert module.common_folder([r"C:\a\b\1.jpg", r"C:\a\c\2.jpg"]) == r"C:\a"
+    assert module.common_folder([r"C:\a\1.jpg", r"D:\a\2.jpg"]) == ""
+    assert module.common_folder([]) == ""
 
 
 def test_ten_thousand_records_load_in_less_than_three_seconds(tmp_path):

@@ -25,11 +25,11 @@ SHORT = ["-p", "pretrained", "none", "-p", "batch_size", "8", "-p", "losses", "s
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux stands in for the systems that lack its features")
 
 
-def elsewhere(words: list, folder: Path, **more: str) -> subprocess.CompletedProcess:
+def elsewhere(words: list, folder: Path) -> subprocess.CompletedProcess:
     """What Python does with these words where tests/windows restricts it; data, reports and cache are in the folder."""
     roots = {f"IRRA_{name.upper()}": str(folder / name) for name in ("data", "reports", "cache")}
     path = os.pathsep.join([str(ELSEWHERE), str(ROOT)])
-    environment = os.environ | roots | {"PYTHONPATH": path, "PYTHONWARNDEFAULTENCODING": "1", "IRRA_SMOKE": "1"} | more
+    environment = os.environ | roots | {"PYTHONPATH": path, "PYTHONWARNDEFAULTENCODING": "1", "IRRA_SMOKE": "1"}
     command = [sys.executable, *map(str, words)]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, encoding="utf-8", timeout=900)
 
@@ -178,6 +178,23 @@ def test_a_text_file_without_its_encoding_is_noticed(source):
     assert list(without_encoding(source)) == [1]
 
 
+def absent_elsewhere(source: str) -> Iterator[str]:
+    """What a source takes from `os` that tests/windows removes; not where it looks first (`hasattr`, `WINDOWS`)."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        named = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os"
+        if named and re.search(rf'"{node.attr}"', RESTRICTED) and f'(os, "{node.attr}"' not in source:
+            yield node.attr
+
+
+RESTRICTED = re.search(r"^FUNCTIONS = (.*)", (ELSEWHERE / "sitecustomize.py").read_text(encoding="utf-8"), re.M)[1]
+
+
+def test_no_source_takes_from_os_what_windows_lacks():
+    assert [f"{name}: os.{attribute}" for name, text in sources() for attribute in absent_elsewhere(text)] == []
+    assert list(absent_elsewhere("os.getloadavg()[0] + os.cpu_count()")) == ["getloadavg"]
+
+
 def test_files_of_git_have_the_same_bytes_everywhere():
     assert "* -text" in (ROOT / ".gitattributes").read_text(encoding="utf-8").splitlines()
 
@@ -230,6 +247,8 @@ def test_the_latest_run_is_named_by_a_text_file_where_links_are_refused(tmp_path
         (folder / runs.WEIGHTS).touch()
         runs.mark_latest(folder)
         assert (tmp_path / "latest.txt").read_bytes() == f"synthetic/{name}\n".encode()
+        runs.begin(folder, irra.recipe("synthetic"), "data")
+        assert runs.load_run(tmp_path / "latest")["data"] == "data"
         for source in ("latest", tmp_path / "latest", tmp_path / "latest" / runs.WEIGHTS):
             assert weights_file(source) == (folder / runs.WEIGHTS).resolve()
     assert not (tmp_path / "latest").exists()

@@ -55,6 +55,7 @@ SEAMS = {  # core file → rooms that it may import, inside functions only
     "checkpoints": ["hub", "released", "variants"],
     "objective": ["scale"],
     "evaluation": ["synthetic"],
+    "runs": ["hub"],
     "training": ["scale", "variants"],
     "retrieval": ["search"],
 }

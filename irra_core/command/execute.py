@@ -194,11 +194,18 @@ def _reached(executed: Path) -> str:
 def _this_command() -> str:
     """What was typed, as the shell takes it again."""
     program = Path(sys.argv[0])
-    if program.name == "__main__.py":
-        words = [sys.executable, "-m", "irra_core.command"]
-    else:
-        words = [program.name if shutil.which(program.name) == str(program) else os.path.relpath(program)]
+    words = [sys.executable, "-m", "irra_core.command"] if program.name == "__main__.py" else [_typed(program)]
     return shlex.join([*words, *sys.argv[1:]])
+
+
+def _typed(program: Path) -> str:
+    """The name of a program on the search path, else its path from here."""
+    found = shutil.which(program.name)
+    if found and Path(found).with_suffix("") == program.with_suffix(""):
+        return program.stem  # which Windows finds with .exe
+    with contextlib.suppress(ValueError):  # on another drive
+        return os.path.relpath(program)
+    return str(program)
 
 
 def _short(message: str) -> str:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from irra_core import settings
 from irra_core.hub.runs import newest_run, weights_file
 from irra_core.recipes import RECIPES, own_file
 from irra_core.settings import cache_root, data_root, reports_root, short
@@ -42,16 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Serve the page to who has the token, until Ctrl-C; returns the exit status."""
     try:
-        settings = chosen(arguments)
+        page = chosen(arguments)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     roots = {"IRRA_DATA": data_root(), "IRRA_REPORTS": reports_root(), "IRRA_CACHE": cache_root()}
-    environment = os.environ | {name: str(path) for name, path in roots.items()} | {SETTINGS: json.dumps(settings)}
+    environment = os.environ | {name: str(path) for name, path in roots.items()} | {SETTINGS: json.dumps(page)}
     templates = [str(EXPLORER / "served"), *filter(None, [os.environ.get("JUPYTER_PATH")])]
     environment["JUPYTER_PATH"] = os.pathsep.join(templates)
     command = [sys.executable, "-m", "irra_core.explorer.server", *served(arguments)]
-    if os.name != "nt":
+    if not settings.WINDOWS:
         os.execve(sys.executable, command, environment)  # one process, which gets every signal
     return subprocess.run(command, env=environment).returncode
 

@@ -26,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module.add_arguments(commands.add_parser(name, help=help, description=f"irra {name}: {help}."))
     try:
         given = parser.parse_args(arguments)
-        if INSTALLED and given.command != "notebooks":
+        elsewhere = getattr(given, "parameters_yaml", []) or getattr(given, "parameters_file", [])
+        if INSTALLED and given.command != "notebooks" and not elsewhere:  # then the notebook says it first
             data = dict([*getattr(given, "parameters", []), *getattr(given, "parameters_raw", [])]).get("data_root")
             print(folders(data), file=sys.stderr, flush=True)
         return COMMANDS[given.command][0].run(given)

@@ -25,7 +25,7 @@ def weights_file(source: str | Path) -> Path:
     reports = runs_root()
     given = Path(source).expanduser()
     folders = [Path.cwd(), project_root(), reports]
-    places = [latest_run(reports)] if os.fspath(source) == "latest" else [_linked(folder / given) for folder in folders]
+    places = [latest_run(reports)] if os.fspath(source) == "latest" else [linked(folder / given) for folder in folders]
     named = [] if len(given.parts) > 1 else sorted(reports.glob(f"*/{_literal(given.name)}/{WEIGHTS}"))
     for place in places:
         file = place / WEIGHTS if place.is_dir() else place
@@ -51,7 +51,7 @@ def latest_run(reports: Path) -> Path:
     return reports / "latest"
 
 
-def _linked(place: Path) -> Path:
+def linked(place: Path) -> Path:
     """The path, or where it goes through a link `latest` that is absent, as on Windows, what latest.txt names."""
     for link in (place, place.parent):
         if link.name == "latest" and not link.exists():

@@ -1,5 +1,6 @@
 """`irra train` at a terminal: its lines, its errors, and Ctrl-C."""
 
+import ntpath
 import os
 import re
 import select
@@ -121,6 +122,16 @@ def test_ctrl_c_says_which_command_goes_on_and_from_which_step(tmp_path, monkeyp
     assert command.split()[1:] == ["-m", "irra_core.command", *words[3:]]
     assert all(re.match(r"train\.ipynb: |training |decoding |\^C", line) for line in before), shown
     assert not list(reports.glob(".train*"))
+
+
+def test_a_command_on_another_drive_and_windows_exe_are_named(monkeypatch, tmp_path):
+    here = tmp_path / "irra"
+    monkeypatch.setattr(execute.shutil, "which", lambda name: str(tmp_path / "irra.EXE"))
+    assert execute._typed(here) == "irra"
+    monkeypatch.setattr(execute.shutil, "which", lambda name: None)
+    assert os.path.abspath(execute._typed(here)) == str(here)
+    monkeypatch.setattr(execute.os.path, "relpath", lambda path: ntpath.relpath("D:/irra", "C:/"))
+    assert execute._typed(here) == str(here)
 
 
 @pytest.mark.notebook

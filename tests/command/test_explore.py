@@ -82,14 +82,25 @@ def test_what_is_not_there_is_one_sentence_and_starts_nothing(words, said, repor
     assert said in capsys.readouterr().err
 
 
-def test_the_server_gets_the_settings_absolute_folders_and_its_template(reports, tmp_path, monkeypatch):
+@pytest.mark.parametrize("windows", [False, True])
+def test_the_server_gets_the_settings_absolute_folders_and_its_template(windows, reports, tmp_path, monkeypatch):
     started = []
+
+    def execve(*given):
+        assert not windows, "a child of Windows would outlive it"
+        started.append(given)
+
+    def run(command, env):
+        if windows:
+            started.append((command[0], command, env))
+        return argparse.Namespace(returncode=0)
+
     (tmp_path / "photos").mkdir()
     monkeypatch.setenv("IRRA_CACHE", "here")
-    monkeypatch.setattr(os, "name", "posix")
-    monkeypatch.setattr(os, "execve", lambda *given: started.append(given))
-    monkeypatch.setattr(explore.subprocess, "run", lambda *given, **named: argparse.Namespace(returncode=0))
-    explore.run(parsed("photos", "--port", "8877"))
+    monkeypatch.setattr(explore.settings, "WINDOWS", windows)
+    monkeypatch.setattr(os, "execve", execve)
+    monkeypatch.setattr(explore.subprocess, "run", run)
+    assert explore.run(parsed("photos", "--port", "8877")) == 0
     ((_, command, environment),) = started
     assert json.loads(environment["IRRA_EXPLORE"])["photos"] == str(tmp_path / "photos")
     assert all(os.path.isabs(environment[f"IRRA_{name}"]) for name in ("DATA", "REPORTS", "CACHE"))

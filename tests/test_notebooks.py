@@ -9,6 +9,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from PIL import Image
 
 from irra_core import runs
 from irra_core.annotations import load_annotations
@@ -41,6 +42,35 @@ def own_csv(root):
     return folder / "mine.csv"
 
 
+def ham(root):
+    """A pretraining set in the layout of HAM-PEDES: photo → captions, each photo a person, no test split."""
+    return with_photos(root, {f"images/{i}.jpg": [f"a person with number {i}"] for i in range(30)})
+
+
+def trained_only(root):
+    """Own data with a train split alone."""
+    return with_photos(root, [_record("train", i) for i in range(30)])
+
+
+def tested_only(root):
+    """A set in the layout of UFine3C, which has a test split alone."""
+    return with_photos(root, [_record("test", i) for i in range(6)])
+
+
+def _record(split, i):
+    captions = [f"a person with number {i}", f"someone numbered {i}"]
+    return {"split": split, "id": i // 2, "file_path": f"images/{i}.jpg", "captions": captions}
+
+
+def with_photos(root, content):
+    """The path of an annotation file with photos of one colour beside it."""
+    (root / "images").mkdir(parents=True)
+    for i in range(len(content)):
+        Image.new("RGB", (16, 48), (8 * i, 90, 200)).save(root / "images" / f"{i}.jpg")
+    (root / "set.json").write_text(json.dumps(content))
+    return root / "set.json"
+
+
 def written(layout, root):
     make_synthetic(root, layout=layout, people=12)
     return layout
@@ -71,6 +101,19 @@ def test_train_runs_on_each_official_layout_and_on_own_data(layout, tmp_path):
     assert (found["queries"], found["images"]) == (len(captions), captions.image_id.nunique())
     assert len(pd.read_csv(metrics.parent / "history.csv")) == 1
     assert (tmp_path / "r" / "latest").resolve() == metrics.parent
+
+
+@pytest.mark.parametrize(("make", "shown"), [(ham, 3), (trained_only, 30)], ids=["val", "train"])
+def test_train_shows_rankings_of_another_split_where_there_is_no_test_split(make, shown, tmp_path):
+    dataset = make(tmp_path / "data")
+    ended = papermill(
+        tmp_path / "out.ipynb", "-p", "dataset", dataset, *SHORT, "-p", "losses", "sdm", IRRA_REPORTS=tmp_path / "r"
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    (folder,) = {path.parent for path in (tmp_path / "r").glob("*/*/metrics.json")}
+    assert len(list(folder.glob("ranking-*.jpg"))) == 3
+    assert f"photos: {shown} of {shown} photos" in ended.stderr
+    assert "no test split: nothing was scored" in (tmp_path / "out.ipynb").read_text()
 
 
 @pytest.mark.parametrize(
@@ -108,6 +151,13 @@ def test_data_shows_what_is_wrong_with_a_set_that_no_run_would_take(tmp_path):
     shown = "".join(str(cell.outputs) for cell in cells if "check_annotations" in cell.source and "outputs" in cell)
     for words in ("an image file is missing", "an image file cannot be read", Path(absent).name, Path(broken[0]).name):
         assert words in shown
+
+
+def test_data_describes_a_set_that_has_a_test_split_alone(tmp_path):
+    ended = papermill(tmp_path / "out.ipynb", "-p", "dataset", tested_only(tmp_path / "data"), notebook="data.ipynb")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    cells = nbformat.read(tmp_path / "out.ipynb", 4).cells
+    assert "0 of 12 captions have more than 77 tokens" in "".join(str(cell.get("outputs")) for cell in cells)
 
 
 def test_evaluate_scores_a_released_checkpoint_with_no_other_argument(tmp_path):

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 
 from irra_core.losses import id_loss, itc_loss, mlm_loss, sdm_loss, total_loss
 from irra_core.recipes import LOSS_NAMES, recipe
+from irra_core.variants.cmpm import cmpc_loss, cmpm_loss
 from irra_core.variants.ibm import ibm_loss
-from irra_core.variants.losses import LOSSES, cmpc_loss, cmpm_loss, tal_loss
+from irra_core.variants.losses import LOSSES
+from irra_core.variants.tal import tal_loss
 from irra_core.variants.tbps import nitc_loss, ritc_loss
 
 REFERENCE = np.load(Path(__file__).parent / "reference" / "irra_reference.npz")

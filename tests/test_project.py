@@ -75,6 +75,8 @@ ROOMS = {  # room → other rooms that it may import
 }
 # What a room may import of the core, where that is not all of it.
 OF_THE_CORE = {"synthetic": ["settings"], "synthetic/pretraining.py": CORE}
+VARIANT_LINES = 80  # of a file of variants/: a switch is read at once
+OLDER_VARIANTS = ["adapters.py"]  # written before that limit
 MOST = {"files": 20, "lines": 4500, "lines of a file": 400, "lines of a function": 40, "lines of a class": 200}
 
 
@@ -138,6 +140,17 @@ def too_large(package: Path) -> list[str]:
     return [f"{name}: {size:,} {kind}, at most {MOST[kind]:,}" for kind, name, size in sizes if size > MOST[kind]]
 
 
+def long_variants(package: Path) -> list[str]:
+    """Every file of variants/ that is beyond VARIANT_LINES, but for the older ones."""
+    paths = sorted((package / "variants").glob("*.py"))
+    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in paths}
+    return [
+        f"variants/{name}: {count} lines, at most {VARIANT_LINES}"
+        for name, count in lines.items()
+        if count > VARIANT_LINES and name not in OLDER_VARIANTS
+    ]
+
+
 def prints(package: Path) -> list[str]:
     """Every call of print outside the room of the console script."""
     return [
@@ -162,6 +175,10 @@ def test_a_core_file_imports_from_files_above_it_and_rooms_only_inside_functions
 
 def test_the_core_is_small():
     assert too_large(PACKAGE) == []
+
+
+def test_a_file_of_the_variants_is_short():
+    assert long_variants(PACKAGE) == []
 
 
 def test_the_library_does_not_print():
@@ -189,6 +206,7 @@ PLANTED = [
     ("losses.py", "x = 1\n" * 401, too_large, "losses.py: 401 lines of a file, at most 400"),
     ("losses.py", "@f\ndef g():\n" + "    x = 1\n" * 40, too_large, "losses.py: g: 41 lines of a function, at most 40"),
     ("losses.py", "class A:\n" + "    x = 1\n" * 200, too_large, "losses.py: A: 201 lines of a class, at most 200"),
+    ("variants/x.py", "x = 1\n" * 81, long_variants, "variants/x.py: 81 lines, at most 80"),
     ("search/x.py", "def f():\n    print('found')", prints, "search/x.py, line 2: calls print"),
 ]
 

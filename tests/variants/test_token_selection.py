@@ -100,6 +100,26 @@ def test_the_gradients_are_those_of_differences(training):
     assert torch.autograd.gradcheck(feature, drawn(2, 3, DIM).requires_grad_())
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_the_gradients_from_tokens_to_the_joined_feature_are_those_of_differences(side, training):
+    """From the tokens that can be selected: the length of the global feature gets no gradient (see joined)."""
+    torch.manual_seed(0)
+    model = TokenSelection(DIM).double().train(training)
+    whole, attention = drawn(3, 1, DIM), drawn(3, 8, seed=1).softmax(1)
+
+    def feature(others):
+        if side == "image":
+            return model.of_image(torch.cat([whole, others], 1), attention)
+        return model.of_text(torch.cat([others, whole], 1), attention, torch.full((3, 1), 7), longest=12)
+
+    others = drawn(3, 7, DIM, seed=2).requires_grad_()
+    assert torch.autograd.gradcheck(feature, others)
+    feature(others).sum().backward()
+    chosen = (others.grad.abs().sum(2) > 0).sum(1)
+    assert chosen.tolist() == [int(RATIO * (7 if side == "image" else 10))] * 3
+
+
 def test_the_cosine_of_joined_features_is_the_mean_of_both_cosines():
     image, text = (joined(drawn(4, DIM, seed=n), drawn(4, 2 * DIM, seed=n + 2)) for n in range(2))
     halves = [F.normalize(a, dim=1) @ F.normalize(b, dim=1).T for a, b in zip(parts(image), parts(text), strict=True)]

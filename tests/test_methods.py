@@ -23,7 +23,7 @@ def rows(heading: str) -> list[list[str]]:
 
 
 COMMANDS = {
-    method: re.search(r"`(papermill .*)`", command)[1].split() for method, command, _ in rows("") if command != "–"
+    method: re.search(r"`(papermill .*)`", command)[1].split() for method, _, command, _ in rows("") if command != "–"
 }
 
 
@@ -39,6 +39,11 @@ def test_a_command_makes_a_recipe(method):
     values = {name: float(value) if "." in value and value[0].isdigit() else value for name, value in given.items()}
     values = {name: int(value) if str(value).isdigit() else value for name, value in values.items()}
     recipe(**values)
+
+
+def test_every_method_names_its_paper():
+    for method, paper, *_ in rows(""):
+        assert re.search(r"\*.{20,}\*, [A-Z]+ 20\d\d$", paper) or method == "CLIP fine-tuned", method
 
 
 def test_the_figures_are_the_published_ones():

@@ -22,8 +22,9 @@ def ibm_loss(
                      + Σ_strangers log(1 + e^(40 (s − 0.4))) }
     The sums run over the whole matrix, so both directions are in them. Without weak pairs, and but for a factor 2, this
     is the alignment loss of ViTAA (Wang et al., ECCV 2020), whose bounds and factors it keeps.
-    Source: CoRL. The equation is taken as it is quoted elsewhere; the paper and its code were not at hand. Uncertain:
-    whether two captions of one photo are own or weak pairs (here: weak), and its weight beside other losses (here: 1).
+    Source: "identity-bounded matching" of CoRL (Yan et al., "Cross-modal Collaborative Representation Learning for
+    Text-to-Image Person Retrieval", IJCAI 2025), equation 9 and its numbers; its weight beside other losses is 1, as
+    there. The paper's batches have one text per photo; here two captions of one photo can meet, as weak pairs.
     """
     scores = cosines(image, text)
     same = pids[:, None] == pids

@@ -215,8 +215,8 @@ def recipe(dataset: str = "synthetic", *, _smoke: bool | None = None, **override
     given = {n: v for n, v in overrides.items() if v is not None or n not in Recipe.__dataclass_fields__}
     given = _accepted(given | {"dataset": dataset})  # an unknown name is refused whatever its value
     if dataset not in RECIPES and own_file(dataset) is None:
-        error = unknown("data set", dataset, RECIPES)
-        raise ValueError(f"{error}, or the path of an annotation file ({', '.join(OWN_DATA)}) or folder that exists")
+        error = f"{unknown('data set', dataset, RECIPES)}, or the path of an annotation file ({', '.join(OWN_DATA)})"
+        raise ValueError(f"{error}, or of a folder with {', '.join(OWN_DATA[2:])} files in it, not in its subfolders")
     usual = _usual(dataset, given.get("backbone"), given.get("pretrained"), given.get("preset", "paper"))
     values = {name: value for name, (value, _) in usual.items()} | given
     if smoke() if _smoke is None else _smoke:

@@ -24,8 +24,8 @@ def find(dataset: str, root: str | Path | None) -> tuple[Path, list[Path]]:
             "Give its path; `-p dataset synthetic` needs no file"
         )
     if file is None:
-        error = unknown("data set", dataset, DATA_SETS)
-        raise ValueError(f"{error}, or the path of an annotation file: {', '.join(OWN_DATA)}")
+        error = f"{unknown('data set', dataset, DATA_SETS)}, or the path of an annotation file ({', '.join(OWN_DATA)})"
+        raise ValueError(f"{error}, or of a folder with {', '.join(OWN_DATA[2:])} files in it, not in its subfolders")
     given = [] if root is None else [data_root(root)]
     home = file if file.is_dir() else file.parent
     return file, [folder for folder in (home / "imgs", home, *given) if folder.is_dir()]

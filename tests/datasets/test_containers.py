@@ -175,6 +175,15 @@ def test_a_sample_that_fits_nothing_says_what_it_has(samples, message, tmp_path)
         load_annotations(tmp_path / "x.tar")
 
 
+@pytest.mark.parametrize("read", [load_annotations, irra.recipe], ids=["table", "recipe"])
+def test_a_folder_whose_files_are_one_level_below_is_refused_and_the_message_says_where_they_must_be(read, tmp_path):
+    (tmp_path / "set" / "train").mkdir(parents=True)
+    parquet.write_table(pa.Table.from_pandas(luperson_t(range(3), "train")), tmp_path / "set" / "train" / "0.parquet")
+    with pytest.raises(ValueError, match=r"folder with \.parquet, \.arrow, \.tar files in it, not in its subfolders"):
+        read(str(tmp_path / "set"))
+    assert len(load_annotations(tmp_path / "set" / "train")) == 6
+
+
 @pytest.mark.parametrize("name", ["x.tar", "x.arrow", "x.parquet"])
 def test_a_damaged_container_is_named(name, tmp_path):
     (tmp_path / name).write_bytes(b"no container " * 100)

@@ -5,6 +5,7 @@ import math
 import statistics
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -71,6 +72,83 @@ def test_the_table_is_that_of_plain_loops(finished, hard):
     assert table.R1_gain["late"] == pytest.approx(means["late"][0] - means["sdm"][1])  # the seed that both have
     assert table.parameters["sdm"] == 17
     assert "step_seconds" not in table  # measured alone, never taken from runs that shared a machine
+
+
+NOISE = {  # method, share of wrong captions → hits of seeds 0 and 1
+    "irra, 0 % wrong": [[1, 1, 1, 0, 1, 1], [1, 1, 1, 1, 0, 1]],
+    "irra, 20 % wrong": [[1, 0, 1, 0, 1, 1], [1, 1, 0, 0, 0, 1]],
+    "irra, 50 % wrong": [[0, 0, 1, 0, 0, 1], [1, 0, 0, 0, 0, 0]],
+    "rde, 0 % wrong": [[1, 1, 0, 0, 1, 1], [1, 1, 1, 0, 0, 1]],
+    "rde, 20 % wrong": [[1, 1, 0, 0, 1, 1], [1, 1, 1, 0, 0, 0]],
+    "rde, 50 % wrong": [[1, 0, 0, 0, 1, 1], [0, 1, 1, 0, 0, 0]],
+}
+
+
+def noise_runs(folder: Path, absent=()) -> DataFrame:
+    """The finished runs of NOISE, but for the given variants and seeds."""
+    rows = []
+    for number, (variant, hits) in enumerate(NOISE.items()):
+        for seed, values in enumerate(hits):
+            gone = (variant, seed) in absent
+            path = None if gone else fake_run(folder / f"{number}-{seed}", values, PIDS, HARD)
+            rows.append((variant, seed, path, "not run" if gone else "finished", ""))
+    return DataFrame(rows, columns=["variant", "seed", "path", "status", "error"])
+
+
+def slow_difference(share, seeds):
+    """Per seed and query, in per cent: what rde changes with wrong captions less what irra changes."""
+    rows = []
+    for seed in seeds:
+        row = []
+        for query in range(len(PIDS)):
+            ours = NOISE[f"rde, {share} % wrong"][seed][query] - NOISE["rde, 0 % wrong"][seed][query]
+            theirs = NOISE[f"irra, {share} % wrong"][seed][query] - NOISE["irra, 0 % wrong"][seed][query]
+            row.append(100.0 * (ours - theirs))
+        rows.append(row)
+    return rows
+
+
+def test_the_difference_of_drops_and_its_interval_are_those_of_plain_loops(tmp_path):
+    table = comparison.compare_drops(noise_runs(tmp_path), "rde", "irra").set_index("condition")
+    assert table.index.tolist() == ["20 % wrong", "50 % wrong"]
+    assert table.seeds.tolist() == [2, 2]
+    for share in (20, 50):
+        difference, row = slow_difference(share, (0, 1)), table.loc[f"{share} % wrong"]
+        mean = sum(map(sum, difference)) / (2 * len(PIDS))
+        low, high = slow_interval_of_runs(difference, PIDS, 2000)
+        assert (row.R1_gain, row.R1_gain_low, row.R1_gain_high) == pytest.approx((mean, low, high))
+        assert (row.mAP_gain, row.mAP_gain_low, row.mAP_gain_high) == pytest.approx((mean / 2, low / 2, high / 2))
+    shown = comparison.readable_drops(table.reset_index(), "rde", "irra")
+    mean = sum(map(sum, slow_difference(50, (0, 1)))) / (2 * len(PIDS))
+    assert shown.loc["50 % wrong", "R1, rde less irra"].startswith(f"{mean:+.1f} [")
+
+
+def test_the_difference_of_drops_is_over_the_seeds_that_all_four_runs_have(tmp_path):
+    absent = [("irra, 0 % wrong", 1), ("rde, 20 % wrong", 0)]
+    finished = noise_runs(tmp_path, absent)
+    table = comparison.compare_drops(finished, "rde", "irra").set_index("condition")
+    assert table.seeds.tolist() == [0, 1]
+    assert np.isnan(table.R1_gain["20 % wrong"])
+    assert table.R1_gain["50 % wrong"] == pytest.approx(np.mean(slow_difference(50, (0,))))
+    assert comparison.readable_drops(table.reset_index(), "rde", "irra").iloc[0].tolist() == ["", "", 0]
+    assert comparison.compare_drops(finished[finished.variant.str.startswith("irra")], "rde", "irra").empty
+    own = compare(finished[finished.variant.str.startswith("rde")], "rde, 0 % wrong")
+    assert own.seeds.tolist() == [2, 1, 2]
+
+
+@pytest.mark.parametrize("study", ["noise", "plugins"])
+def test_the_notebooks_cell_shows_the_drops_of_a_study_of_which_some_runs_finished(study, tmp_path):
+    """The shrunken study of `make notebooks` has no run of RDE."""
+    finished = noise_runs(tmp_path, [("irra, 50 % wrong", 0), ("irra, 50 % wrong", 1), ("rde, 20 % wrong", 0)])
+    finished = finished if study == "noise" else finished.assign(variant="rde")
+    cells = nbformat.read(Path(__file__).parents[2] / "notebooks" / "ablation.ipynb", 4).cells
+    (source,) = (cell.source for cell in cells if "compare_drops" in cell.source)
+    shown: list[DataFrame] = []
+    names = {"planned": finished, "finished": finished, "comparison": comparison, "display": lambda *a: shown.extend(a)}
+    exec(source, names)
+    rows = [["rde, 0 % wrong", "rde, 20 % wrong", "rde, 50 % wrong"], ["20 % wrong", "50 % wrong"]]
+    assert [table.index.tolist() for table in shown] == (rows if study == "noise" else [])
+    assert list(names["drops"]) == (["rde", "drops"] if study == "noise" else [])
 
 
 def test_what_did_not_run_stays_in_the_table_and_says_why(finished):

@@ -22,7 +22,7 @@ from irra_core.text import VOCABULARY, tokenize
 from irra_core.training import build_optimiser, optimise
 
 
-def inference_ms(finished: DataFrame, batch_size: int = 32, repeats: int = 5) -> dict[str, float]:
+def inference_ms(finished: DataFrame, batch_size: int = 32, repeats: int = 20) -> dict[str, float]:
     """Variant → milliseconds to encode one photo and one sentence, in batches on this machine; finished variants only.
 
     finished: what `studies.run_all` gave. The median over the repeats, in which the variants take turns.

@@ -15,6 +15,7 @@ from irra_core.released.published import published
 from irra_core.settings import unknown
 from irra_core.studies import committed
 from irra_core.studies.committed import DONE
+from irra_core.studies.sizes import DRAWS
 from irra_core.synthetic.people import is_rendered, twin_pids
 
 
@@ -89,7 +90,7 @@ def _gains(found: Mapping[int, DataFrame], base: Mapping[int, DataFrame], names:
     row = {}
     for score in ("R1", "mAP"):
         values = np.stack([queries[METRICS[score]].to_numpy(dtype=np.float64) for queries in changed])
-        low, high = bootstrap_interval(values, changed[0].pid.to_numpy())
+        low, high = bootstrap_interval(values, changed[0].pid.to_numpy(), DRAWS)
         row |= {f"{score}_gain": float(values.mean()), f"{score}_gain_low": low, f"{score}_gain_high": high}
     return row
 

@@ -14,6 +14,8 @@ SIZES: dict[str, dict[str, Any]] = {
 # (docs/study_design.md).
 MORE_SEEDS = {"full": (2, 3)}
 
+DRAWS = 10_000  # of the bootstrap, in tables as in verdicts: the least p-value is 2 / 10,001
+
 
 def sized(size: str, **given: Any) -> dict[str, Any]:
     """The arguments of `plan` in a size of SIZES: what is given (and not None) wins. Raises ValueError for a name."""

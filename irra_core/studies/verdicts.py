@@ -17,10 +17,9 @@ from irra_core.recipes import RENDERED, Recipe
 from irra_core.settings import reports_root
 from irra_core.studies import committed, transfer
 from irra_core.studies.grid import plan, plan_domains
-from irra_core.studies.sizes import MORE_SEEDS, sized
+from irra_core.studies.sizes import DRAWS, MORE_SEEDS, sized
 from irra_core.studies.tables import files_below
 
-DRAWS = 10_000  # of the bootstrap: the least p-value is 2 / 10,001
 LEVEL = 0.05  # of the five verdicts together
 
 

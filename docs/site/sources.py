@@ -95,7 +95,7 @@ def notebook_pages() -> dict[str, NotebookPage]:
         text, name = path.read_text(encoding="utf-8"), notebook_of(path.stem)
         page = path.relative_to(ROOT).with_suffix("").as_posix()
         if name and text.startswith("# "):
-            note = f"*Executed; widgets are live in JupyterLab only. The notebook: [`{name}.ipynb`](/notebooks/{name}.ipynb).*"
+            note = f"*Executed; widgets are live in JupyterLab only. [`{name}.ipynb`](/notebooks/{name}.ipynb).*"
             shown[page] = NotebookPage(_under_title(text, note), name, True)
         elif path.name != "README.md":
             figures = "".join(f"\n![{each.stem}]({each.name})\n" for each in sorted(path.parent.glob("*.svg")))

@@ -262,7 +262,8 @@ def score_matrix(cells: DataFrame, *, metric: str = "R1", ax: Axes | None = None
             text = f"{value:.1f}" + ("" if np.isnan(low) else f"\n[{low:.1f}, {high:.1f}]")
             color = "white" if value > 60 else INK
         ax.text(x, y, text, ha="center", va="center", fontsize=8, color=color, linespacing=1.4)
-    ax.set_xticks(range(len(columns)), columns, fontsize=8, parse_math=False)
+    broken = [re.sub(r"(?<=[^-]{9})-", "-\n", str(name)) for name in columns]  # long names in lines below each other
+    ax.set_xticks(range(len(columns)), broken, fontsize=8, parse_math=False)
     ax.set_yticks(range(len(rows)), rows, fontsize=8, parse_math=False)
     ax.set_xlabel("tested on", fontsize=9)
     ax.set_ylabel("trained on", fontsize=9)

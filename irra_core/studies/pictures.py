@@ -73,6 +73,7 @@ def _learning(table: DataFrame, hard: DataFrame, finished: DataFrame, ax: Axes) 
     if curves:
         means = pd.concat(curves).groupby(["variant", "step"], sort=False, as_index=False).val_R1.mean()
         plots.metric_curve(means, metric="val_R1", hue="variant", ax=ax)
+        ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # outside: no line below it
     ax.set_title("What is the pretrained start worth?", fontsize=11)
 
 

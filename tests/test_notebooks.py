@@ -52,7 +52,7 @@ def trained_only(root):
     return with_photos(root, [_record("train", i) for i in range(30)])
 
 
-def tested_only(root):
+def only_test(root):
     """A set in the layout of UFine3C, which has a test split alone."""
     return with_photos(root, [_record("test", i) for i in range(6)])
 
@@ -154,7 +154,7 @@ def test_data_shows_what_is_wrong_with_a_set_that_no_run_would_take(tmp_path):
 
 
 def test_data_describes_a_set_that_has_a_test_split_alone(tmp_path):
-    ended = papermill(tmp_path / "out.ipynb", "-p", "dataset", tested_only(tmp_path / "data"), notebook="data.ipynb")
+    ended = papermill(tmp_path / "out.ipynb", "-p", "dataset", only_test(tmp_path / "data"), notebook="data.ipynb")
     assert ended.returncode == 0, ended.stderr[-3000:]
     cells = nbformat.read(tmp_path / "out.ipynb", 4).cells
     assert "0 of 12 captions have more than 77 tokens" in "".join(str(cell.get("outputs")) for cell in cells)

@@ -5,9 +5,11 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import tarfile
 import tomllib
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -15,7 +17,6 @@ import nbformat
 import pytest
 import release
 import wheels
-from serving import explored
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
@@ -204,10 +205,22 @@ class TestFromAWheel:
         photos.mkdir()
         for path in sorted((installed.folder / "data").rglob("*.jpg"))[:4]:
             shutil.copy(path, photos)
-        command, environment = ["photos", "--model", "latest"], installed.variables | {"IRRA_SMOKE": "1"}
-        with explored([installed.programs / "irra"], command, installed.folder, environment) as (said, page):
-            assert said[0].startswith(f"data: {installed.folder / 'data'}, ")
-            assert "h1\\u003eFind a person by a description" in page  # of the cell, not the title
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        command = ["explore", "photos", "--model", "latest", "--no-browser", "--port", port]
+        environment = installed.variables | {"IRRA_SMOKE": "1"}
+        served = subprocess.Popen(
+            [installed.programs / "irra", *command], cwd=installed.folder, env=environment, stderr=subprocess.PIPE
+        )
+        try:
+            said = iter(lambda: served.stderr.readline().decode(), "")
+            assert next(said).startswith(f"data: {installed.folder / 'data'}, ")
+            address = next(found[0] for line in said if (found := re.search(r"http://127\S+token=\w+", line)))
+            with urllib.request.urlopen(address, timeout=300) as page:
+                assert "h1\\u003eFind a person by a description" in page.read().decode()  # of the cell, not the title
+        finally:
+            served.terminate()
+            served.communicate()
 
     def test_every_notebook_runs_from_the_copy_in_an_empty_folder(self, installed, tmp_path):
         said = installed("irra", "notebooks", ".", folder=tmp_path)

@@ -18,6 +18,7 @@ from typing import Any
 import pandas as pd
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before any group is there: its functions keep the group that they find, see `joined`
 from pandas import DataFrame
 
 from irra_core import runs
@@ -90,7 +91,8 @@ def run_process(train: Callable[..., Iterator[dict[str, Any]]], arguments: list[
 def joined() -> Iterator[Team]:
     """Yields this process's team from torchrun's environment, connected by NCCL for GPU tensors, gloo for others.
 
-    Yields ALONE without that environment. Each process uses the GPU whose number is LOCAL_RANK.
+    Yields ALONE without that environment. Each process uses the GPU whose number is LOCAL_RANK. Nothing may keep the
+    group: gloo's threads would outlive it, and one of them now and then ends Python with SIGABRT as it exits.
     """
     if "RANK" not in os.environ:
         yield ALONE

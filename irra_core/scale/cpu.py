@@ -73,6 +73,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tokens, weight, bias):
+        tokens = tokens.contiguous()  # for columns of wider rows oneDNN only has a loop, 1,000 times as slow
         ctx.save_for_backward(tokens, weight)
         return _product(tokens, weight, bias)
 
